@@ -1,0 +1,397 @@
+"""One RIM cell: a step reads like section 2 of the paper, a scan is the step over time."""
+
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypedDict, TypeVar, Unpack, override
+
+from rim_rnn.communication import Communication
+from rim_rnn.dynamics import GRU, LSTM, State
+from rim_rnn.input_attention import InputAttention, compete
+from rim_rnn.recording import Trace
+from rim_rnn.units import (
+    autocast_dtype,
+    check_int,
+    check_num_units,
+    check_probability,
+    check_query_size,
+    check_sizes,
+    choose_k,
+    choose_num_units,
+    describe,
+    divide,
+    unite,
+)
+
+StateT = TypeVar("StateT", default=tuple[Tensor, Tensor])
+"""What a user passes and gets as state: ``(h, c)`` for LSTM, ``h`` for GRU."""
+
+
+class UnitOptions(TypedDict, total=False):
+    """The keywords that :class:`RIM` and :class:`RIMCell` share."""
+
+    num_units: int | None
+    k: int | None
+    key_size_input: int
+    value_size_input: int | None
+    query_size_input: int | None
+    num_input_heads: int
+    input_dropout: float
+    key_size_comm: int
+    value_size_comm: int | None
+    query_size_comm: int | None
+    num_comm_heads: int
+    comm_dropout: float
+
+
+class Projected(NamedTuple):
+    """Everything a step needs that depends on ``x`` alone."""
+
+    key: Tensor  # (M, H*key_size): x W^e + b^e
+    gates: Tensor  # (H, M, n, G*u): (x W^v + b^v) W_ih
+
+
+class RIMCell(nn.Module, Generic[StateT]):
+    r"""One step of a Recurrent Independent Mechanisms layer, with the manners of :class:`torch.nn.LSTMCell`.
+
+    The state is split into ``num_units`` equal, contiguous blocks. At every step each unit bids for the input, the ``k``
+    highest bids win, winners update themselves and read from every unit, losers keep their state bit for bit:
+
+    .. math::
+        \begin{array}{ll}
+            s_j = (h_j W^q_j + b^q_j) \cdot (x W^e + b^e) / \sqrt{d} & \text{bid} \\
+            a_j = \mathrm{softmax}([0, s_j])_2 = \sigma(s_j) & \text{input attention, eq. 2} \\
+            \tilde h_j, c'_j = \mathrm{LSTM}_j(a_j (x W^v + b^v), h_j, c_j) & \text{winners, eq. 4} \\
+            \tilde h_j, c'_j = h_j, c_j & \text{losers} \\
+            h'_j = \tilde h_j + \mathrm{attention}_j(\tilde h_1, \dots, \tilde h_n) W^o_j & \text{winners, eqs. 5 and 6}
+        \end{array}
+
+    Args:
+        input_size: The number of features of the input ``x``.
+        hidden_size: The number of features of the whole state, all units together.
+        bias: ``False`` drops every bias. Default: ``True``
+        device: Of the parameters. Default: torch's default device
+        dtype: Of the parameters. Default: torch's default dtype
+        proj_size: If positive, ``h`` has this many features in all and ``c`` has ``hidden_size``; LSTM only. Default: 0
+        num_units: The number of units; divides ``hidden_size`` (and ``proj_size``). Default: the divisor that is at most 8
+            and closest to 6, a tie going to the smaller one
+        k: The number of units that are active at a step. Default: two thirds of ``num_units``, rounded up
+        rnn_cell: ``"LSTM"`` or ``"GRU"``. Default: ``"LSTM"``
+        key_size_input: Size of a key of the input attention, per head. Default: 64
+        value_size_input: Size of a value of the input attention, per head. Default: four times the state size of one unit
+        query_size_input: ``None`` or ``key_size_input``. Default: ``None``
+        num_input_heads: Heads of the input attention. Default: 1
+        input_dropout: Dropout on the input attention's probabilities. Default: 0 (the paper: 0.1)
+        key_size_comm: Size of a key of the communication, per head. Default: 32
+        value_size_comm: Size of a value of the communication, per head. Default: 32
+        query_size_comm: ``None`` or ``key_size_comm``. Default: ``None``
+        num_comm_heads: Heads of the communication; 0 switches it off. Default: 4
+        comm_dropout: Dropout on the communication's probabilities. Default: 0 (the paper: 0.1)
+
+    Inputs: input, (h_0, c_0)
+        - **input**: ``(N, input_size)`` or ``(input_size)``.
+        - **h_0**: ``(N, hidden_size)`` or ``(hidden_size)``; ``proj_size`` features with projections.
+        - **c_0**: ``(N, hidden_size)`` or ``(hidden_size)``.
+
+        Both states are zero if not given. With ``rnn_cell="GRU"`` the state is the tensor ``h_0`` alone.
+
+    Outputs: (h_1, c_1)
+        The next states, in the shapes of the ones before; with ``rnn_cell="GRU"`` the tensor ``h_1`` alone.
+
+    Raises:
+        TypeError: An argument, the input or a state is of the wrong type.
+        ValueError: A size, ``k``, a number of heads or a dropout is out of range, or ``num_units`` does not divide; an input
+            or state has the wrong number of dimensions.
+        RuntimeError: A size, batch, dtype or device does not match.
+
+    Attributes:
+        input_attention: ``query.weight`` ``(n, p, H*key_size_input)``, ``query.bias``; ``key.weight`` ``(H*key_size_input,
+            input_size)``, ``key.bias``; ``value.weight`` ``(H*value_size_input, input_size)``, ``value.bias``, for ``n`` units,
+            ``H`` input heads and units of output size ``p``.
+        dynamics: ``weight_ih`` ``(n, H*value_size_input, G*u)``, ``weight_hh`` ``(n, p, G*u)``, ``bias_ih`` and ``bias_hh``
+            ``(n, G*u)``, ``weight_hr`` ``(n, u, p)`` with projections; ``G`` is 4 for LSTM and 3 for GRU, ``u`` is
+            ``hidden_size // n``. Drawn from :math:`\mathcal{U}(\pm 1/\sqrt{u})`.
+        communication: ``query.weight``, ``key.weight``, ``value.weight`` ``(n, p, heads*size)`` and ``output.weight``
+            ``(n, heads*size, p)``. Like those of the input attention drawn from
+            :math:`\mathcal{U}(\pm 1/\sqrt{\text{fan\_in}})`.
+
+    Examples:
+        >>> import torch
+        >>> from rim_rnn import RIMCell
+        >>> cell = RIMCell(10, 24, num_units=4, k=2)
+        >>> h, c = torch.zeros(3, 24), torch.zeros(3, 24)
+        >>> for x in torch.randn(6, 3, 10):
+        ...     h, c = cell(x, (h, c))
+        >>> h.shape
+        torch.Size([3, 24])
+
+    Source: Goyal et al., 2021, *Recurrent Independent Mechanisms*, section 2.
+    """
+
+    key_size_input: int = property(attrgetter("input_attention.key_size"))  # type: ignore[assignment]
+    value_size_input: int = property(attrgetter("input_attention.value_size"))  # type: ignore[assignment]
+    query_size_input: int = property(attrgetter("input_attention.key_size"))  # type: ignore[assignment]
+    num_input_heads: int = property(attrgetter("input_attention.num_heads"))  # type: ignore[assignment]
+    input_dropout: float = property(attrgetter("input_attention.dropout"))  # type: ignore[assignment]
+    key_size_comm: int = property(attrgetter("communication.key_size"))  # type: ignore[assignment]
+    value_size_comm: int = property(attrgetter("communication.value_size"))  # type: ignore[assignment]
+    query_size_comm: int = property(attrgetter("communication.key_size"))  # type: ignore[assignment]
+    num_comm_heads: int = property(attrgetter("communication.num_heads"))  # type: ignore[assignment]
+    comm_dropout: float = property(attrgetter("communication.dropout"))  # type: ignore[assignment]
+
+    @overload
+    def __init__(
+        self: "RIMCell[tuple[Tensor, Tensor]]",
+        input_size: int,
+        hidden_size: int,
+        bias: bool = ...,
+        device: Any = ...,
+        dtype: torch.dtype | None = ...,
+        *,
+        proj_size: int = ...,
+        rnn_cell: Literal["LSTM"] = ...,
+        **options: Unpack[UnitOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "RIMCell[Tensor]",
+        input_size: int,
+        hidden_size: int,
+        bias: bool = ...,
+        device: Any = ...,
+        dtype: torch.dtype | None = ...,
+        *,
+        proj_size: int = ...,
+        rnn_cell: Literal["GRU"],
+        **options: Unpack[UnitOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "RIMCell[Any]",
+        input_size: int,
+        hidden_size: int,
+        bias: bool = ...,
+        device: Any = ...,
+        dtype: torch.dtype | None = ...,
+        *,
+        proj_size: int = ...,
+        rnn_cell: str,
+        **options: Unpack[UnitOptions],
+    ) -> None: ...
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int = 0,
+        num_units: int | None = None,
+        k: int | None = None,
+        rnn_cell: str = "LSTM",
+        key_size_input: int = 64,
+        value_size_input: int | None = None,
+        query_size_input: int | None = None,
+        num_input_heads: int = 1,
+        input_dropout: float = 0.0,
+        key_size_comm: int = 32,
+        value_size_comm: int | None = None,
+        query_size_comm: int | None = None,
+        num_comm_heads: int = 4,
+        comm_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_sizes(rnn_cell, input_size, hidden_size, bias, proj_size)
+        if num_units is None:
+            num_units = choose_num_units(hidden_size, proj_size)
+        check_num_units(num_units, hidden_size, proj_size)
+        k = choose_k(num_units) if k is None else k
+        value_size_input = 4 * (hidden_size // num_units) if value_size_input is None else value_size_input
+        value_size_comm = 32 if value_size_comm is None else value_size_comm
+        check_int("k", k, 1, num_units)
+        check_int("key_size_input", key_size_input, 1)
+        check_int("value_size_input", value_size_input, 1)
+        check_query_size("input", query_size_input, key_size_input)
+        check_int("num_input_heads", num_input_heads, 1)
+        check_probability("input_dropout", input_dropout)
+        check_int("key_size_comm", key_size_comm, 1)
+        check_int("value_size_comm", value_size_comm, 1)
+        check_query_size("comm", query_size_comm, key_size_comm)
+        check_int("num_comm_heads", num_comm_heads, 0)
+        check_probability("comm_dropout", comm_dropout)
+
+        self.input_size, self.hidden_size, self.bias, self.proj_size = input_size, hidden_size, bias, proj_size
+        self.num_units, self.k, self.rnn_cell = num_units, k, rnn_cell
+        u, p = hidden_size // num_units, (proj_size or hidden_size) // num_units
+        self.input_attention = InputAttention(
+            input_size, num_units, p, num_input_heads, key_size_input, value_size_input, input_dropout, bias, device, dtype
+        )
+        self.dynamics = (LSTM if rnn_cell == "LSTM" else GRU)(
+            num_units, u, num_input_heads, value_size_input, proj_size // num_units, bias, device, dtype
+        )
+        self.communication = Communication(
+            num_units, p, num_comm_heads, key_size_comm, value_size_comm, comm_dropout, device, dtype
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for stage in (self.input_attention, self.dynamics, self.communication):
+            stage.reset_parameters()
+
+    def project(self, x: Tensor) -> Projected:
+        """What depends on ``x`` alone, for one step or for all at once: ``x`` is ``(M, input_size)``."""
+        return Projected(self.input_attention.project(x), self.dynamics.project(x, self.input_attention.value))
+
+    def step(self, projected: Projected, state: State, comm_weight: Tensor | None) -> tuple[State, Trace]:
+        """One step of section 2, on unit-major states ``(n, N, ...)``."""
+        # Input attention, equation 2: every unit bids for the input.
+        score = self.input_attention.bid(state[0], projected.key)
+        a_input = self.input_attention.attend(score)
+        # Competition: the k highest bids win.
+        active = compete(score, self.k)
+        # Independent dynamics, equation 4: winners only.
+        gates = self.dynamics.read(self.input_attention.drop(a_input), projected.gates)
+        new = self.dynamics(gates, state)
+        h, *c = self.dynamics.keep_losers(active, new, state)
+        # Communication, equations 5 and 6: winners read every unit.
+        h, attention = self.communication(h, active, comm_weight)
+        return (h, *c), Trace(active, a_input, attention)
+
+    def scan(
+        self,
+        input: Tensor,
+        state: State,
+        batch_sizes: list[int] | None = None,
+        reverse: bool = False,
+        record: bool = False,
+    ) -> tuple[Tensor, State, list[Trace]]:
+        """The step over time.
+
+        Args:
+            input: ``(T, N, input_size)``, or packed ``(sum(batch_sizes), input_size)``.
+            state: ``(h_0, c_0)`` or ``(h_0,)``, each ``(N, features)``.
+            batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
+            reverse: Go from the last step to the first; results stay in the input's order of time.
+            record: Also return what each step did.
+
+        Returns:
+            The outputs in the layout of ``input``, the last states, and one trace per step if ``record``.
+        """
+        sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes
+        projected = self.project(input.reshape(-1, input.size(-1)))
+        keys, gates = torch.split(projected.key, sizes), torch.split(projected.gates, sizes, dim=1)
+        comm_weight = self.communication.weight()
+
+        first = tuple(divide(s, self.num_units) for s in state)
+        times = range(len(sizes) - 1, -1, -1) if reverse else range(len(sizes))
+        present = sizes[times[0]]
+        now, ended = tuple(s[:, :present] for s in first), []
+        outputs: list[Tensor] = [input] * len(sizes)
+        traces: list[Trace] = []
+        for t in times:
+            if sizes[t] < present:  # rows whose sequence has ended
+                ended.append(tuple(s[:, sizes[t] :] for s in now))
+                now = tuple(s[:, : sizes[t]] for s in now)
+            elif sizes[t] > present:  # rows whose sequence begins, seen from its end
+                now = tuple(torch.cat([s, s_0[:, present : sizes[t]]], dim=1) for s, s_0 in zip(now, first, strict=True))
+            present = sizes[t]
+            now, trace = self.step(Projected(keys[t], gates[t]), now, comm_weight)
+            outputs[t] = now[0]
+            if record:
+                traces.append(Trace(*(part.detach() for part in trace)))
+
+        output = unite(torch.cat(outputs, dim=1))
+        last = tuple(unite(torch.cat(rows, dim=1)) for rows in zip(now, *reversed(ended), strict=True))
+        if batch_sizes is None:
+            output = output.view(*input.shape[:2], output.size(-1))
+        return output, last, traces[::-1] if reverse else traces
+
+    def state_sizes(self) -> dict[str, int]:
+        """The features of each state by its name."""
+        sizes = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
+        return sizes if self.rnn_cell == "LSTM" else {"h": self.hidden_size}
+
+    def check_state(self, hx: object) -> State:
+        """``hx`` as a tuple of tensors, or the ``TypeError`` (``RuntimeError`` for a third state) of the wrong structure."""
+        if self.rnn_cell == "GRU":
+            if not isinstance(hx, Tensor):
+                raise TypeError(f'with rnn_cell="GRU" hx should be the tensor h_0, got: {type(hx).__name__}')
+            return (hx,)
+        if not isinstance(hx, tuple | list) or len(hx) < 2 or not all(isinstance(s, Tensor) for s in hx):
+            got = type(hx).__name__
+            if isinstance(hx, tuple | list):
+                got += f" of ({', '.join(type(s).__name__ for s in hx)})"
+            raise TypeError(f'with rnn_cell="LSTM" hx should be a tuple of two tensors (h_0, c_0), got: {got}')
+        if len(hx) > 2:
+            raise RuntimeError(f'with rnn_cell="LSTM" hx should hold two states (h_0, c_0), got {len(hx)}')
+        return tuple(hx)
+
+    def check_alike(self, name: str, tensor: Tensor) -> Tensor:
+        """``tensor`` in the parameters' dtype under autocast; elsewhere a ``RuntimeError`` if dtype or device differ."""
+        weight = self.dynamics.weight_hh
+        if tensor.device != weight.device:
+            raise RuntimeError(
+                f"Input and parameter tensors are not at the same device: {name} is at {tensor.device}, the parameters "
+                f"at {weight.device}. Move it: {name}.to('{weight.device}'), or the model: model.to('{tensor.device}')"
+            )
+        if tensor.dtype != weight.dtype:
+            if not (tensor.is_floating_point() and autocast_dtype(tensor.device)):
+                raise RuntimeError(
+                    f"{name} dtype ({tensor.dtype}) does not match weight dtype ({weight.dtype}). "
+                    f"Convert it: {name}.to({weight.dtype}), or the model: model.to({tensor.dtype})"
+                )
+            tensor = tensor.to(weight.dtype)
+        return tensor
+
+    def forward(self, input: Tensor, hx: StateT | None = None) -> StateT:
+        """One step from the input and state described above."""
+        if not isinstance(input, Tensor):
+            raise TypeError(f"RIMCell: Expected input to be a Tensor, got: {type(input).__name__}")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"RIMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)}, expected {self.input_size}")
+        input = self.check_alike("input", input)
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            state = tuple(x.new_zeros(x.size(0), size) for size in self.state_sizes().values())
+        else:
+            state = self.check_state(hx)
+            for s, (name, size) in zip(state, self.state_sizes().items(), strict=True):
+                if s.dim() not in (1, 2):
+                    raise ValueError(f"RIMCell: Expected {name}_0 to be 1D or 2D, got {s.dim()}D instead")
+                if s.shape != (*input.shape[:-1], size):
+                    raise RuntimeError(f"Expected {name}_0 size {(*input.shape[:-1], size)}, got {tuple(s.shape)}")
+            state = tuple(self.check_alike(f"{name}_0", s) for s, name in zip(state, "hc", strict=False))
+            state = state if batched else tuple(s.unsqueeze(0) for s in state)
+        _, state, _ = self.scan(x.unsqueeze(0), state)
+        state = state if batched else tuple(s.squeeze(0) for s in state)
+        return cast("StateT", state if self.rnn_cell == "LSTM" else state[0])
+
+    if TYPE_CHECKING:
+
+        @override
+        def __call__(self, input: Tensor, hx: StateT | None = None) -> StateT: ...
+
+    @override
+    def extra_repr(self) -> str:
+        return describe(
+            self,
+            bias=True,
+            proj_size=0,
+            num_units=None,
+            k=None,
+            rnn_cell="LSTM",
+            key_size_input=64,
+            value_size_input=4 * (self.hidden_size // self.num_units),
+            num_input_heads=1,
+            input_dropout=0.0,
+            key_size_comm=32,
+            value_size_comm=32,
+            num_comm_heads=4,
+            comm_dropout=0.0,
+        )

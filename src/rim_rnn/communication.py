@@ -1,0 +1,81 @@
+"""Communication (paper, section 2.3, equations 5 and 6): winners read from every unit."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rim_rnn.units import UnitLinear
+
+
+class Communication(nn.Module):
+    r"""Multi-head attention among the units of one row, added onto the winners' states.
+
+    .. math::
+        \mathrm{attention}_{jm} = \mathrm{softmax}_m\left(\frac{(\tilde h_j W^q_j)(\tilde h_m W^k_m)^\top}{\sqrt{d}}\right),
+        \qquad h_j = \tilde h_j + \left[\textstyle\sum_m \mathrm{attention}_{jm}\, \tilde h_m W^v_m\right] W^o_j
+
+    for winners ``j`` and every unit ``m``, ``j`` itself included; a loser keeps its state (equations 5 and 6). With
+    ``num_heads=0`` there are no parameters, and the states pass unchanged: the paper's ablation.
+
+    Attributes:
+        query, key: :class:`UnitLinear` with weight ``(n, p, heads*key_size)``, no bias.
+        value: :class:`UnitLinear` with weight ``(n, p, heads*value_size)``, no bias.
+        output: :class:`UnitLinear` with weight ``(n, heads*value_size, p)``, no bias.
+    """
+
+    def __init__(
+        self,
+        num_units: int,
+        unit_size: int,
+        num_heads: int,
+        key_size: int,
+        value_size: int,
+        dropout: float,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.key_size, self.value_size, self.dropout = num_heads, key_size, value_size, dropout
+        if num_heads:
+            self.query = UnitLinear(num_units, unit_size, num_heads * key_size, device=device, dtype=dtype)
+            self.key = UnitLinear(num_units, unit_size, num_heads * key_size, device=device, dtype=dtype)
+            self.value = UnitLinear(num_units, unit_size, num_heads * value_size, device=device, dtype=dtype)
+            self.output = UnitLinear(num_units, num_heads * value_size, unit_size, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        if self.num_heads:
+            for projection in (self.query, self.key, self.value, self.output):
+                projection.reset_parameters()
+
+    def weight(self) -> Tensor | None:
+        """``[W^q | W^k | W^v]``, so that one product makes all three; put together once for all steps."""
+        if not self.num_heads:
+            return None
+        return torch.cat([self.query.weight, self.key.weight, self.value.weight], dim=-1)
+
+    def forward(self, h: Tensor, active: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One exchange.
+
+        Args:
+            h: ``h~`` of every unit, ``(n, N, p)``.
+            active: The winners, ``(n, N)``.
+            weight: What :meth:`weight` returns.
+
+        Returns:
+            The new ``h``, ``(n, N, p)``, and the attention before dropout, ``(N, heads, n readers, n read)``.
+        """
+        n, batch, _ = h.shape
+        if weight is None:
+            return h, h.new_zeros(batch, 0, n, n)
+        heads, d = self.num_heads, self.key_size
+        query, key, value = (
+            part.view(n, batch, heads, part.size(-1) // heads).permute(1, 2, 0, 3)
+            for part in torch.split(torch.bmm(h, weight), [heads * d, heads * d, heads * self.value_size], dim=-1)
+        )
+        attention = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(d), dim=-1)
+        context = F.dropout(attention, self.dropout, self.training) @ value
+        context = context.permute(2, 0, 1, 3).reshape(n, batch, heads * self.value_size)
+        return torch.where(active.unsqueeze(-1), h + self.output(context), h), attention

@@ -1,0 +1,120 @@
+"""Independent dynamics (paper, section 2.2, equation 4): each winner runs its own LSTM or GRU, losers keep their state."""
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rim_rnn.units import uniform_
+
+State = tuple[Tensor, ...]
+"""``(h, c)`` for LSTM, ``(h,)`` for GRU."""
+
+
+class Dynamics(nn.Module, abc.ABC):
+    r"""What LSTM and GRU share: the weights, the input's part of the gates, and the identity for losers.
+
+    Attributes:
+        weight_ih: ``(n, H*value_size, G*u)``, with ``G`` gates in the order of torch.nn (``i, f, g, o`` or ``r, z, n``).
+        weight_hh: ``(n, p, G*u)``.
+        bias_ih, bias_hh: ``(n, G*u)`` each, or ``None``.
+        weight_hr: ``(n, u, p)``, with projections only.
+    """
+
+    num_gates: int
+    bias_ih: nn.Parameter | None
+    bias_hh: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_units: int,
+        unit_size: int,
+        num_heads: int,
+        value_size: int,
+        proj_size: int,
+        bias: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.unit_size = num_heads, unit_size
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_units, *shape, device=device, dtype=dtype))
+
+        gates = self.num_gates * unit_size
+        self.weight_ih = parameter(num_heads * value_size, gates)
+        self.weight_hh = parameter(proj_size or unit_size, gates)
+        self.register_parameter("bias_ih", parameter(gates) if bias else None)
+        self.register_parameter("bias_hh", parameter(gates) if bias else None)
+        if proj_size:
+            self.weight_hr = parameter(unit_size, proj_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        uniform_(self.unit_size, *self.parameters())
+
+    def project(self, x: Tensor, value: nn.Linear) -> Tensor:
+        """``(x W^v + b^v) W_ih`` of all units, multiplied in the cheaper order: ``(M, input_size)`` -> ``(H, M, n, G*u)``.
+
+        A read is a scalar times a projection of ``x``, so its part of the gates is that scalar times this.
+        """
+        heads, (n, _, gates) = self.num_heads, self.weight_ih.shape
+        weight_ih = self.weight_ih.view(n, heads, -1, gates).permute(1, 2, 0, 3).reshape(heads, -1, n * gates)
+        if value.in_features < weight_ih.size(1):
+            weight = value.weight.view(heads, -1, value.in_features).transpose(1, 2) @ weight_ih
+            projected = x @ weight
+            if value.bias is not None:
+                projected = projected + value.bias.view(heads, 1, -1) @ weight_ih
+        else:
+            projected = value(x).view(-1, heads, weight_ih.size(1)).transpose(0, 1) @ weight_ih
+        return projected.view(heads, -1, n, gates)
+
+    def read(self, a_input: Tensor, gates: Tensor) -> Tensor:
+        """``sum over heads of a_input * (value W_ih)  + b_ih``: ``(n, N, H)``, ``(H, N, n, G*u)`` -> ``(n, N, G*u)``."""
+        a, first, *others = a_input.to(gates.dtype).unsqueeze(-1), *gates.transpose(1, 2).unbind(0)
+        total = a[:, :, 0] * first if self.bias_ih is None else torch.addcmul(self.bias_ih.unsqueeze(1), a[:, :, 0], first)
+        for head, other in enumerate(others, 1):
+            total = torch.addcmul(total, a[:, :, head], other)
+        return total
+
+    @abc.abstractmethod
+    def forward(self, gates_x: Tensor, state: State) -> State:
+        """The new state of every unit, from the read's part of the gates ``(n, N, G*u)`` and the old state."""
+
+    def keep_losers(self, active: Tensor, new: State, old: State) -> State:
+        """``h~``: the new state of a winner, bit for bit the old one of a loser. ``active``: ``(n, N)``."""
+        return tuple(torch.where(active.unsqueeze(-1), after, before) for after, before in zip(new, old, strict=True))
+
+
+class LSTM(Dynamics):
+    r"""The LSTM of :class:`torch.nn.LSTM`, one per unit; with projections :math:`h' = (o \odot \tanh c') W_{hr}`."""
+
+    num_gates = 4
+
+    def forward(self, gates_x: Tensor, state: State) -> State:
+        h, c = state
+        gates = torch.baddbmm(gates_x, h, self.weight_hh)
+        if self.bias_hh is not None:
+            gates = gates + self.bias_hh.unsqueeze(1)
+        i, f, g, o = gates.chunk(4, dim=-1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return (torch.bmm(h, self.weight_hr) if hasattr(self, "weight_hr") else h), c
+
+
+class GRU(Dynamics):
+    r"""The GRU of :class:`torch.nn.GRU`, one per unit."""
+
+    num_gates = 3
+
+    def forward(self, gates_x: Tensor, state: State) -> State:
+        (h,) = state
+        gates_h = torch.bmm(h, self.weight_hh)
+        if self.bias_hh is not None:
+            gates_h = gates_h + self.bias_hh.unsqueeze(1)
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = gates_x.chunk(3, dim=-1), gates_h.chunk(3, dim=-1)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + r * h_n)
+        return ((1 - z) * n + z * h,)

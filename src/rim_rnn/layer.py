@@ -1,0 +1,396 @@
+"""The RIM layer: cells over time, layers and directions, with the manners of torch.nn.LSTM."""
+
+import warnings
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack, override
+
+from rim_rnn.cell import RIMCell, StateT, UnitOptions
+from rim_rnn.dynamics import State
+from rim_rnn.recording import Record, assemble
+from rim_rnn.units import (
+    autocast_dtype,
+    check_bool,
+    check_int,
+    check_probability,
+    check_sizes,
+    choose_num_units,
+    describe,
+)
+
+
+class RIM(nn.Module, Generic[StateT]):
+    r"""Recurrent Independent Mechanisms, to be written where :class:`torch.nn.LSTM` stood.
+
+    The state of a layer is split into ``num_units`` equal, contiguous blocks. At every step each unit bids for the input,
+    the ``k`` highest bids win (equal bids go to the lowest unit), winners update themselves with an LSTM or GRU of their own
+    and read from every unit, and losers keep their state bit for bit:
+
+    .. math::
+        \begin{array}{ll}
+            s_j = (h_j W^q_j + b^q_j) \cdot (x W^e + b^e) / \sqrt{d} & \text{bid} \\
+            a_j = \mathrm{softmax}([0, s_j])_2 = \sigma(s_j) & \text{input attention, eq. 2} \\
+            \tilde h_j, c'_j = \mathrm{LSTM}_j(a_j (x W^v + b^v), h_j, c_j) & \text{winners, eq. 4} \\
+            \tilde h_j, c'_j = h_j, c_j & \text{losers} \\
+            h'_j = \tilde h_j + \mathrm{attention}_j(\tilde h_1, \dots, \tilde h_n) W^o_j & \text{winners, eqs. 5 and 6}
+        \end{array}
+
+    The positional arguments are those of :class:`torch.nn.LSTM`, in its order and with its defaults, and so are inputs and
+    outputs. Defaults draw no random numbers in the forward pass.
+
+    Args:
+        input_size: The number of features of the input ``x``.
+        hidden_size: The number of features of the whole state ``h``, all units together.
+        num_layers: Number of layers, each but the first taking the outputs of the one below. Default: 1
+        bias: ``False`` drops every bias. Default: ``True``
+        batch_first: ``True``: input and output are ``(batch, seq, feature)`` instead of ``(seq, batch, feature)``; states
+            are not concerned. Default: ``False``
+        dropout: Dropout on the outputs of each layer but the last. Default: 0
+        bidirectional: ``True`` adds a second direction, from the last step to the first. Default: ``False``
+        proj_size: If positive, ``h`` has this many features in all and ``c`` has ``hidden_size``; LSTM only. Default: 0
+        device: Of the parameters. Default: torch's default device
+        dtype: Of the parameters. Default: torch's default dtype
+        num_units: The number of units; divides ``hidden_size`` (and ``proj_size``). Default: the divisor that is at most 8
+            and closest to 6, a tie going to the smaller one (600 gives 6, 128 gives 4), with a warning if that is 1
+        k: The number of units that are active at a step. Default: two thirds of ``num_units``, rounded up (6 gives 4)
+        rnn_cell: ``"LSTM"`` or ``"GRU"``. Default: ``"LSTM"``
+        key_size_input: Size of a key of the input attention, per head. Default: 64
+        value_size_input: Size of a value of the input attention, per head. Default: four times the state size of one unit
+        query_size_input: ``None`` or ``key_size_input``. Default: ``None``
+        num_input_heads: Heads of the input attention. Default: 1
+        input_dropout: Dropout on the input attention's probabilities. Default: 0 (the paper: 0.1)
+        key_size_comm: Size of a key of the communication, per head. Default: 32
+        value_size_comm: Size of a value of the communication, per head. Default: 32
+        query_size_comm: ``None`` or ``key_size_comm``. Default: ``None``
+        num_comm_heads: Heads of the communication; 0 switches it off. Default: 4
+        comm_dropout: Dropout on the communication's probabilities. Default: 0 (the paper: 0.1)
+
+    Inputs: input, (h_0, c_0)
+        - **input**: ``(L, H_in)``, ``(L, N, H_in)``, with ``batch_first=True`` ``(N, L, H_in)``, or a
+          :class:`torch.nn.utils.rnn.PackedSequence`.
+        - **h_0**: ``(D * num_layers, H_out)`` or ``(D * num_layers, N, H_out)``.
+        - **c_0**: ``(D * num_layers, H_cell)`` or ``(D * num_layers, N, H_cell)``.
+
+        Both states are zero if not given. With ``rnn_cell="GRU"`` the state is the tensor ``h_0`` alone.
+
+    Outputs: output, (h_n, c_n)
+        - **output**: ``(L, D * H_out)``, ``(L, N, D * H_out)``, ``(N, L, D * H_out)``, or packed as the input was.
+        - **h_n**, **c_n**: The last states, in the shapes of the first ones; with ``rnn_cell="GRU"`` ``h_n`` alone.
+
+    where:
+
+    .. math::
+        \begin{aligned}
+            N ={} & \text{batch size} \\
+            L ={} & \text{sequence length} \\
+            D ={} & 2 \text{ if bidirectional=True otherwise } 1 \\
+            H_{in} ={} & \text{input\_size} \\
+            H_{cell} ={} & \text{hidden\_size} \\
+            H_{out} ={} & \text{proj\_size if } \text{proj\_size}>0 \text{ otherwise hidden\_size}
+        \end{aligned}
+
+    Raises:
+        TypeError: An argument, the input or a state is of the wrong type, or a lone tensor stands where ``(h_0, c_0)`` belongs.
+        ValueError: A size, ``k``, a number of heads or a dropout is out of range; ``num_units`` does not divide; the input has
+            the wrong number of dimensions or the wrong dtype.
+        RuntimeError: A size, batch, device or a state's dtype or number of dimensions does not match; the sequence is empty.
+
+    Attributes:
+        cells: :class:`torch.nn.ModuleList` of :class:`RIMCell`, indexed ``layer * D + direction``; see there for the
+            parameters, their shapes and their initialisation.
+
+    .. warning::
+        The parameters of one kind carry the unit as their first dimension. Initialisation by name works as it is; a slice
+        such as ``bias[n // 4 : n // 2]`` or a fan-based initialiser means something else here.
+
+    Examples:
+        >>> import torch
+        >>> from rim_rnn import RIM
+        >>> rnn = RIM(10, 20, 2)
+        >>> input = torch.randn(5, 3, 10)
+        >>> h_0, c_0 = torch.randn(2, 3, 20), torch.randn(2, 3, 20)
+        >>> output, (h_n, c_n) = rnn(input, (h_0, c_0))
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
+
+    Source: Goyal et al., 2021, *Recurrent Independent Mechanisms*, section 2.
+    """
+
+    _recorders: tuple[list[Record], ...] = ()
+
+    num_units: int = property(attrgetter("cells.0.num_units"))  # type: ignore[assignment]
+    k: int = property(attrgetter("cells.0.k"))  # type: ignore[assignment]
+    rnn_cell: str = property(attrgetter("cells.0.rnn_cell"))  # type: ignore[assignment]
+    key_size_input: int = property(attrgetter("cells.0.key_size_input"))  # type: ignore[assignment]
+    value_size_input: int = property(attrgetter("cells.0.value_size_input"))  # type: ignore[assignment]
+    query_size_input: int = property(attrgetter("cells.0.query_size_input"))  # type: ignore[assignment]
+    num_input_heads: int = property(attrgetter("cells.0.num_input_heads"))  # type: ignore[assignment]
+    input_dropout: float = property(attrgetter("cells.0.input_dropout"))  # type: ignore[assignment]
+    key_size_comm: int = property(attrgetter("cells.0.key_size_comm"))  # type: ignore[assignment]
+    value_size_comm: int = property(attrgetter("cells.0.value_size_comm"))  # type: ignore[assignment]
+    query_size_comm: int = property(attrgetter("cells.0.query_size_comm"))  # type: ignore[assignment]
+    num_comm_heads: int = property(attrgetter("cells.0.num_comm_heads"))  # type: ignore[assignment]
+    comm_dropout: float = property(attrgetter("cells.0.comm_dropout"))  # type: ignore[assignment]
+
+    @overload
+    def __init__(
+        self: "RIM[tuple[Tensor, Tensor]]",
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = ...,
+        bias: bool = ...,
+        batch_first: bool = ...,
+        dropout: float = ...,
+        bidirectional: bool = ...,
+        proj_size: int = ...,
+        device: Any = ...,
+        dtype: torch.dtype | None = ...,
+        *,
+        rnn_cell: Literal["LSTM"] = ...,
+        **options: Unpack[UnitOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "RIM[Tensor]",
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = ...,
+        bias: bool = ...,
+        batch_first: bool = ...,
+        dropout: float = ...,
+        bidirectional: bool = ...,
+        proj_size: int = ...,
+        device: Any = ...,
+        dtype: torch.dtype | None = ...,
+        *,
+        rnn_cell: Literal["GRU"],
+        **options: Unpack[UnitOptions],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "RIM[Any]",
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = ...,
+        bias: bool = ...,
+        batch_first: bool = ...,
+        dropout: float = ...,
+        bidirectional: bool = ...,
+        proj_size: int = ...,
+        device: Any = ...,
+        dtype: torch.dtype | None = ...,
+        *,
+        rnn_cell: str,
+        **options: Unpack[UnitOptions],
+    ) -> None: ...
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_units: int | None = None,
+        k: int | None = None,
+        rnn_cell: str = "LSTM",
+        key_size_input: int = 64,
+        value_size_input: int | None = None,
+        query_size_input: int | None = None,
+        num_input_heads: int = 1,
+        input_dropout: float = 0.0,
+        key_size_comm: int = 32,
+        value_size_comm: int | None = None,
+        query_size_comm: int | None = None,
+        num_comm_heads: int = 4,
+        comm_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_probability("dropout", dropout)
+        check_int("num_layers", num_layers, 1)
+        check_bool("batch_first", batch_first)
+        check_sizes(rnn_cell, input_size, hidden_size, bias, proj_size)
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects num_layers "
+                f"greater than 1, but got dropout={dropout} and num_layers={num_layers}",
+                stacklevel=2,
+            )
+        self.mode = rnn_cell
+        self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
+        self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bool(bidirectional)
+        self.proj_size = proj_size
+        self.num_directions = 2 if bidirectional else 1
+        if num_units is None:
+            num_units = choose_num_units(hidden_size, proj_size)
+        self.cells = nn.ModuleList(
+            RIMCell(
+                input_size if layer == 0 else (proj_size or hidden_size) * self.num_directions,
+                hidden_size,
+                bias,
+                device,
+                dtype,
+                proj_size=proj_size,
+                num_units=num_units,
+                k=k,
+                rnn_cell=rnn_cell,
+                key_size_input=key_size_input,
+                value_size_input=value_size_input,
+                query_size_input=query_size_input,
+                num_input_heads=num_input_heads,
+                input_dropout=input_dropout,
+                key_size_comm=key_size_comm,
+                value_size_comm=value_size_comm,
+                query_size_comm=query_size_comm,
+                num_comm_heads=num_comm_heads,
+                comm_dropout=comm_dropout,
+            )
+            for layer in range(num_layers)
+            for _ in range(self.num_directions)
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for cell in self._cells():
+            cell.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Do nothing, as on :class:`torch.nn.LSTM` without cuDNN: there is no flat copy of the weights to bring up to date."""
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters, one list per cell."""
+        return [list(cell.parameters()) for cell in self._cells()]
+
+    def _cells(self) -> list[RIMCell[Any]]:
+        return cast("list[RIMCell[Any]]", list(self.cells))
+
+    def _check_input(self, input: object) -> None:
+        """What :class:`torch.nn.LSTM` demands of its input, in its words."""
+        packed = isinstance(input, PackedSequence)
+        x = input.data if isinstance(input, PackedSequence) else input
+        if not isinstance(x, Tensor):
+            raise TypeError(f"RIM: Expected input to be a Tensor or a PackedSequence, got: {type(x).__name__}")
+        if x.dim() not in ((2,) if packed else (2, 3)):
+            expected = "packed data to be 2D" if packed else "input to be 2D or 3D"
+            raise ValueError(f"RIM: Expected {expected}, got {x.dim()}D instead")
+        weight = self._cells()[0].dynamics.weight_hh
+        if x.dtype != weight.dtype and not (x.is_floating_point() and autocast_dtype(x.device)):
+            error = RuntimeError if packed else ValueError
+            raise error(
+                f"RIM input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+            )
+        if x.size(-1) != self.input_size:
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}")
+        if not packed and x.size(1 if self.batch_first and x.dim() == 3 else 0) == 0:
+            raise RuntimeError(f"Expected sequence length to be larger than 0 in RIM, got input of size {tuple(x.shape)}")
+
+    def _check_hx(self, hx: object, batch: int, batched: bool, packed: bool) -> State:
+        """The given states as a tuple of ``(D * num_layers, N, features)``, or the error that says what does not fit."""
+        cell = self._cells()[0]
+        state = cell.check_state(hx)
+        dim = 3 if batched else 2
+        if any(s.dim() != dim for s in state):
+            kind = "packed" if packed else "batched 3-D" if batched else "unbatched 2-D"
+            got = ", ".join(f"{s.dim()}-D" for s in state)
+            error = TypeError if packed else RuntimeError
+            raise error(f"For {kind} input, hx should be {dim}-D but got ({got}) tensors")
+        for s, (name, size) in zip(state, cell.state_sizes().items(), strict=True):
+            expected = (len(self.cells), batch, size) if batched else (len(self.cells), size)
+            if s.shape != expected:
+                raise RuntimeError(f"Expected {name}_0 size {expected}, got {tuple(s.shape)}")
+        state = tuple(cell.check_alike(f"{name}_0", s) for name, s in zip("hc", state, strict=False))
+        return state if batched else tuple(s.unsqueeze(1) for s in state)
+
+    @overload
+    def forward(self, input: Tensor, hx: StateT | None = None) -> tuple[Tensor, StateT]: ...
+    @overload
+    def forward(self, input: PackedSequence, hx: StateT | None = None) -> tuple[PackedSequence, StateT]: ...
+    def forward(self, input: Tensor | PackedSequence, hx: StateT | None = None) -> tuple[Tensor | PackedSequence, StateT]:
+        """All steps of all layers and directions, on the inputs described above."""
+        self._check_input(input)
+        batch_sizes = sorted_indices = unsorted_indices = None
+        batched = True
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, sorted_indices, unsorted_indices = input
+            sizes = cast("list[int]", batch_sizes.tolist())
+            batch = sizes[0]
+        else:
+            x, sizes, batched = input, None, input.dim() == 3
+            if not batched:
+                x = x.unsqueeze(1)
+            elif self.batch_first:
+                x = x.transpose(0, 1)
+            batch = x.size(1)
+        cells = self._cells()
+        x = cells[0].check_alike("input", x)
+        if hx is None:
+            state: State = tuple(x.new_zeros(len(cells), batch, size) for size in cells[0].state_sizes().values())
+        else:
+            state = self._check_hx(hx, batch, batched, batch_sizes is not None)
+            if sorted_indices is not None:
+                state = tuple(s.index_select(1, sorted_indices) for s in state)
+
+        first = list(zip(*(s.unbind(0) for s in state), strict=True))
+        last: list[State] = []
+        traces = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(self.num_directions):
+                index = layer * self.num_directions + direction
+                output, final, trace = cells[index].scan(x, first[index], sizes, direction == 1, bool(self._recorders))
+                outputs.append(output)
+                last.append(final)
+                traces.append(trace)
+            x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+            if self.dropout and layer < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, self.training)
+        for records in self._recorders:
+            records.append(assemble(traces, unsorted_indices, batched))
+
+        state = tuple(torch.stack(s) for s in zip(*last, strict=True))
+        lower = autocast_dtype(x.device)
+        if lower and (self.mode == "LSTM" or x.device.type != "cpu"):  # torch's own GRU stays wide on a CPU
+            x, state = x.to(lower), tuple(s.to(lower) for s in state)
+        if unsorted_indices is not None:
+            state = tuple(s.index_select(1, unsorted_indices) for s in state)
+        if not batched:
+            x, state = x.squeeze(1), tuple(s.squeeze(1) for s in state)
+        elif self.batch_first and batch_sizes is None:
+            x = x.transpose(0, 1)
+        sequence = x if batch_sizes is None else PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
+        return sequence, cast("StateT", state if self.mode == "LSTM" else state[0])
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, input: Tensor, hx: StateT | None = None) -> tuple[Tensor, StateT]: ...
+        @overload
+        def __call__(self, input: PackedSequence, hx: StateT | None = None) -> tuple[PackedSequence, StateT]: ...
+        def __call__(self, input: Any, hx: Any = None) -> Any: ...
+
+    @override
+    def extra_repr(self) -> str:
+        return describe(
+            self,
+            proj_size=0,
+            num_layers=1,
+            bias=True,
+            batch_first=False,
+            dropout=0.0,
+            bidirectional=False,
+            num_units=None,
+            k=None,
+            rnn_cell="LSTM",
+        )
