@@ -71,11 +71,15 @@ class Communication(nn.Module):
         if weight is None:
             return h, h.new_zeros(batch, 0, n, n)
         heads, d = self.num_heads, self.key_size
+        # One small attention per row and head. As 3-D products: torch.compile takes 4-D ones with this order of axes for
+        # another layout and returns wrong numbers (torch 2.13, inductor on a CPU).
+        sizes = [heads * d, heads * d, heads * self.value_size]
         query, key, value = (
-            part.view(n, batch, heads, part.size(-1) // heads).permute(1, 2, 0, 3)
-            for part in torch.split(torch.bmm(h, weight), [heads * d, heads * d, heads * self.value_size], dim=-1)
+            part.view(n, batch, heads, size // heads).permute(1, 2, 0, 3).reshape(batch * heads, n, size // heads)
+            for part, size in zip(torch.split(torch.bmm(h, weight), sizes, dim=-1), sizes, strict=True)
         )
-        attention = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(d), dim=-1)
-        context = F.dropout(attention, self.dropout, self.training) @ value
-        context = context.permute(2, 0, 1, 3).reshape(n, batch, heads * self.value_size)
+        attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)) / math.sqrt(d), dim=-1)
+        context = torch.bmm(F.dropout(attention, self.dropout, self.training), value)
+        context = context.view(batch, heads, n, self.value_size).permute(2, 0, 1, 3).reshape(n, batch, sizes[2])
+        attention = attention.view(batch, heads, n, n)
         return torch.where(active.unsqueeze(-1), h + self.output(context), h), attention

@@ -1,6 +1,7 @@
 """The RIM layer: cells over time, layers and directions, with the manners of torch.nn.LSTM."""
 
 import warnings
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
@@ -121,7 +122,7 @@ class RIM(nn.Module, Generic[StateT]):
     Source: Goyal et al., 2021, *Recurrent Independent Mechanisms*, section 2.
     """
 
-    _recorders: tuple[list[Record], ...] = ()
+    _recorders: Sequence[list[Record]] = ()
 
     num_units: int = property(attrgetter("cells.0.num_units"))  # type: ignore[assignment]
     k: int = property(attrgetter("cells.0.k"))  # type: ignore[assignment]
@@ -271,6 +272,10 @@ class RIM(nn.Module, Generic[StateT]):
     def all_weights(self) -> list[list[nn.Parameter]]:
         """The parameters, one list per cell."""
         return [list(cell.parameters()) for cell in self._cells()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle made inside :func:`record` is not recorded."""
+        return {name: value for name, value in self.__dict__.items() if name != "_recorders"}
 
     def _cells(self) -> list[RIMCell[Any]]:
         return cast("list[RIMCell[Any]]", list(self.cells))

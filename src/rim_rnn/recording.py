@@ -74,11 +74,11 @@ def record(rnn: "RIM[Any]") -> Iterator[list[Record]]:
     if not hasattr(rnn, "_recorders"):
         raise TypeError(f"record() expects a rim_rnn.RIM, got: {type(rnn).__name__}")
     records: list[Record] = []
-    rnn._recorders = (*rnn._recorders, records)
+    rnn._recorders = [*rnn._recorders, records]
     try:
         yield records
     finally:
-        rnn._recorders = tuple(recorder for recorder in rnn._recorders if recorder is not records)
+        rnn._recorders = [recorder for recorder in rnn._recorders if recorder is not records]
 
 
 def assemble(traces: list[list[Trace]], unsorted_indices: Tensor | None, batched: bool) -> Record:
