@@ -1,0 +1,30 @@
+# make demo: train on the shipped digits.  make check: everything that CI runs.  make docs: the pages in docs/_build/html.
+PYTHON ?= python3
+VENV ?= .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP := python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: setup demo check docs speed
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py src/rim_rnn/csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools
+	$(PIP) --no-build-isolation --editable '.[examples,docs,test]'
+	touch $@
+
+demo: setup
+	python examples/sequential_mnist/train.py
+
+check: setup docs
+	ruff format --check
+	ruff check
+	mypy
+	RIM_RNN_NATIVE=0 python -m pytest --quiet
+	python -m pytest
+
+docs: setup
+	python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
+	python -m sphinx -W -n --keep-going -q -b doctest docs docs/_build/doctest
