@@ -1,0 +1,30 @@
+"""What every test shares: one thread, one seed, and the number of examples that hypothesis draws.
+
+HYPOTHESIS_PROFILE picks a profile: `ci` (the default) draws the same few examples every time, `thorough` draws many
+new ones. Warnings are errors; pyproject.toml says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("ci", max_examples=60, derandomize=True, deadline=None, suppress_health_check=_quiet)
+settings.register_profile("thorough", max_examples=500, deadline=None, suppress_health_check=_quiet, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> Iterator[None]:
+    """Each test starts from the same generator state and leaves the default dtype as it found it."""
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
