@@ -1,0 +1,68 @@
+// The kernels of one instruction set, in the namespace RIM_ISA: what problem.h declares, by way of step.h.
+#include "step.h"
+
+namespace rim {
+namespace RIM_ISA {
+
+// One call: the problem, and where in the storage everything has its place.
+template <class T>
+struct Run {
+  Problem<T> problem;
+  bool backward;
+  Weights<T> weights;
+  Dense<T>* dense;          // of each unit
+  Gradients<T>* gradients;  // of each block
+  char* blocks;             // storage of the blocks, `block_size` each
+  int64_t block_size;
+
+  static int64_t setup(const Problem<T>& problem, void* storage, bool backward) {
+    const Sizes& s = problem.s;
+    Arena arena{static_cast<char*>(storage)}, one_block{nullptr};
+    Run* run = arena.take<Run>(1);
+    const Weights<T> weights(s, arena, backward);
+    Dense<T>* dense = arena.take<Dense<T>>(s.n);
+    for (int j = 0; j < s.n; ++j) {
+      const Dense<T> of_unit(s, arena);
+      if (storage) dense[j] = of_unit;
+    }
+    Gradients<T>* gradients = arena.take<Gradients<T>>(s.blocks);
+    for (int b = 0; b < s.blocks && backward; ++b) {
+      const Gradients<T> of_block(s, arena);
+      if (storage) gradients[b] = of_block;
+    }
+    Block<T>(problem, weights, one_block, 0, backward);
+    const int64_t size = (one_block.used + 63) / 64 * 64;
+    char* blocks = arena.take<char>(size * s.blocks);
+    if (storage) *run = Run{problem, backward, weights, dense, gradients, blocks, size};
+    return arena.used;
+  }
+  static Run& at(void* storage) { return *static_cast<Run*>(storage); }
+  static void prepare(void* storage, int task) {
+    Run& run = at(storage);
+    rim::RIM_ISA::prepare(run.problem, run.weights, run.dense[task < run.problem.s.n ? task : 0], task, run.backward);
+  }
+  static void forward(void* storage, int block) {
+    Run& run = at(storage);
+    Arena arena{run.blocks + block * run.block_size};
+    Block<T>(run.problem, run.weights, arena, block, false).forward();
+  }
+  static void backward_(void* storage, int block) {
+    Run& run = at(storage);
+    Arena arena{run.blocks + block * run.block_size};
+    Block<T>(run.problem, run.weights, arena, block, true).backward(run.gradients[block]);
+  }
+  static void finish(void* storage, int task) {
+    Run& run = at(storage);
+    rim::RIM_ISA::finish(run.problem, run.gradients, run.dense, task);
+  }
+};
+
+template <class T>
+Kernels<T> kernels() {
+  return {Run<T>::setup, Run<T>::prepare, Run<T>::forward, Run<T>::backward_, Run<T>::finish};
+}
+template Kernels<float> kernels<float>();
+template Kernels<double> kernels<double>();
+
+}  // namespace RIM_ISA
+}  // namespace rim

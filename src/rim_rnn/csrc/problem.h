@@ -1,0 +1,106 @@
+// One call of the operator in plain pointers and sizes: what the boundary (rim.cpp) hands to the kernels (step.h).
+#pragma once
+
+#include <cstdint>
+
+// Compiled once per instruction set, so never left to the linker to merge.
+#define RIM_INLINE inline __attribute__((always_inline))
+
+namespace rim {
+
+// Sizes carry the symbols of the equations: n units of which k win, u and p the cell and output state of one unit.
+struct Sizes {
+  int n, k, u, p;
+  int input, heads, key, value;                // input attention: `key` and `value` are sizes of one head
+  int comm_heads, comm_key, comm_value;        // communication, likewise
+  bool lstm, bias, projected, reverse;
+  bool fold_key, fold_value;                   // multiply W^q W^e, or W^v W_ih, out first
+  int blocks;                                  // batch row r belongs to block r % blocks
+  int64_t batch, steps, total;                 // total = sum of batch_sizes
+  const int64_t *batch_sizes, *offsets;        // of each step: rows present, and where they start in packed order
+  double input_scale, comm_scale;              // 1 / sqrt(key size)
+
+  RIM_INLINE int p1() const { return p + bias; }          // a unit's state, and a 1 that multiplies the bias
+  RIM_INLINE int in1() const { return input + bias; }
+  RIM_INLINE int S() const { return fold_key ? in1() : key; }      // what a query is multiplied with, per head
+  RIM_INLINE int F() const { return fold_value ? in1() : value; }  // what a_input is multiplied with, per head
+  RIM_INLINE int K() const { return p1() + heads * F(); }          // a winner's operand: [h | 1 | a_input * feature]
+  RIM_INLINE int gates() const { return 4 * u; }                   // LSTM: i f g o; GRU: r z, and n's part from h and from the input
+  RIM_INLINE int e() const { return comm_heads * comm_key; }
+  RIM_INLINE int w() const { return comm_heads * comm_value; }
+  RIM_INLINE int weight_gates() const { return (lstm ? 4 : 3) * u; }
+};
+
+// The parameters of a cell, or their gradients. Null where the cell has none.
+template <class P>
+struct Parameters {
+  P *query, *query_bias, *key, *key_bias, *value, *value_bias;
+  P *weight_ih, *weight_hh, *bias_ih, *bias_hh, *weight_hr;
+  P *comm_query, *comm_key, *comm_value, *comm_output;
+};
+
+// What backward needs of each winner of each step, laid out [position in packed order][winner][...]. Keys, values and
+// queries of the communication are computed again, not kept.
+template <class T>
+struct Saved {
+  int32_t* winners;  // the unit
+  T* attention;      // a_input, (heads)
+  T* gates;          // after their activation, (4u); for GRU r, z, n and W_hn h + b_hn
+  T* cell;           // c before the step, (u); LSTM only
+  T* state;          // h~, (p)
+  T* probabilities;  // of the communication, (comm_heads, n)
+
+  RIM_INLINE static int64_t size(const Sizes& s) {
+    return s.total * s.k * (s.heads + s.gates() + (s.lstm ? s.u : 0) + s.p + int64_t(s.comm_heads) * s.n);
+  }
+  RIM_INLINE static Saved in(T* storage, int32_t* winners, const Sizes& s) {
+    const int64_t count = s.total * s.k;
+    Saved saved{winners, storage, nullptr, nullptr, nullptr, nullptr};
+    saved.gates = saved.attention + count * s.heads;
+    saved.cell = saved.gates + count * s.gates();
+    saved.state = saved.cell + (s.lstm ? count * s.u : 0);
+    saved.probabilities = saved.state + count * s.p;
+    return saved;
+  }
+};
+
+template <class T>
+struct Problem {
+  Sizes s;
+  const T *input, *h, *c;
+  Parameters<const T> weight;
+  T *output, *last_h, *last_c;  // read by backward
+  bool save;
+  Saved<T> saved;
+  // Backward only. Null gradients of results count as zero; a null grad_input is not wanted.
+  const T *grad_output, *grad_last_h, *grad_last_c;
+  T *grad_input, *grad_h, *grad_c;
+  Parameters<T> grad;
+};
+
+// The kernels of one instruction set. Tasks and blocks may run on several threads, each phase after the one before.
+template <class T>
+struct Kernels {
+  int64_t (*setup)(const Problem<T>&, void* storage, bool backward);  // bytes of storage; lays it out where it is not null
+  void (*prepare)(void* storage, int task);                           // tasks 0 to n - 1, and n
+  void (*forward)(void* storage, int block);                          // blocks 0 to blocks - 1
+  void (*backward)(void* storage, int block);
+  void (*finish)(void* storage, int task);                            // tasks 0 to n - 1, then n
+};
+
+namespace baseline {
+template <class T>
+Kernels<T> kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <class T>
+Kernels<T> kernels();
+}
+namespace avx512 {
+template <class T>
+Kernels<T> kernels();
+}
+#endif
+
+}  // namespace rim

@@ -1,0 +1,356 @@
+// The boundary: two operators of torch.library, every size checked here once, then plain pointers to the kernels.
+//
+// Built against the stable ABI of libtorch 2.10, so that one binary serves that version and every newer one.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <climits>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace rim {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+std::string shape_of(const std::vector<int64_t>& shape) {
+  std::string text = "(";
+  for (size_t d = 0; d < shape.size(); ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
+  return text + (shape.size() == 1 ? ",)" : ")");
+}
+
+[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("rim_rnn: " + message); }
+
+// A tensor as contiguous memory of the right type and shape.
+template <class T>
+class Input {
+ public:
+  Input(const char* name, const Optional& tensor, const std::vector<int64_t>& shape, bool present = true) {
+    if (!present) {
+      if (tensor) fail(std::string(name) + " should be None for this cell");
+      return;
+    }
+    if (!tensor) fail(std::string(name) + " should be a tensor, got None");
+    const ScalarType expected = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+    if (!tensor->is_cpu()) fail(std::string(name) + " should be on the CPU");
+    if (tensor->scalar_type() != expected) fail(std::string(name) + " should have the dtype of input");
+    const auto sizes = tensor->sizes();
+    const std::vector<int64_t> got(sizes.begin(), sizes.end());
+    if (got != shape) fail(std::string(name) + " should have shape " + shape_of(shape) + ", got " + shape_of(got));
+    tensor_ = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
+  }
+  operator const T*() const { return tensor_ ? static_cast<const T*>(tensor_->const_data_ptr()) : nullptr; }
+
+ private:
+  Optional tensor_;
+};
+
+// The instruction set: the best that the processor has, or what RIM_RNN_ISA names, if it has that.
+template <class T>
+const Kernels<T>& kernels() {
+  static const Kernels<T> chosen = [] {
+#if defined(__x86_64__)
+    const char* wanted = std::getenv("RIM_RNN_ISA");
+    const auto allowed = [&](const char* name) { return !wanted || !*wanted || !std::strcmp(wanted, name); };
+    __builtin_cpu_init();
+    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma"))
+      return avx512::kernels<T>();
+    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels<T>();
+#endif
+    return baseline::kernels<T>();
+  }();
+  return chosen;
+}
+
+int narrow(const char* name, int64_t size) {
+  if (size < 0 || size > INT_MAX / 64) fail(std::string(name) + "=" + std::to_string(size) + " is out of range");
+  return static_cast<int>(size);
+}
+
+// The arguments that both operators share, in the order of the schema.
+struct Arguments {
+  const Tensor& input;
+  const Tensor& h;
+  const Optional& c;
+  const Tensor &query, &key, &value, &weight_ih, &weight_hh;
+  const Optional &query_bias, &key_bias, &value_bias, &bias_ih, &bias_hh, &weight_hr;
+  const Optional &comm_query, &comm_key, &comm_value, &comm_output;
+  const std::vector<int64_t>& batch_sizes;
+  int64_t k, heads, comm_heads;
+  bool reverse;
+};
+
+int64_t size_of(const char* name, const Tensor& tensor, int64_t dims, int64_t dim) {
+  if (tensor.dim() != dims) fail(std::string(name) + " should have " + std::to_string(dims) + " dimensions, got " + std::to_string(tensor.dim()));
+  return tensor.size(dim);
+}
+
+int64_t divided(const char* name, int64_t size, const char* by_name, int64_t by) {
+  if (by < 1 || size % by) fail(std::string(name) + "=" + std::to_string(size) + " should be divisible by " + by_name + "=" + std::to_string(by));
+  return size / by;
+}
+
+// Everything about a call but the memory of its results.
+template <class T>
+struct Call {
+  Problem<T> problem{};
+  std::vector<int64_t> batch_sizes, offsets;
+  std::vector<Input<T>> inputs;  // keep copies of strided tensors alive
+  Sizes& s = problem.s;
+  std::vector<int64_t> output_shape;
+
+  explicit Call(const Arguments& a, bool backward) {
+    const bool packed = !a.batch_sizes.empty();
+    s.lstm = a.c.has_value(), s.bias = a.query_bias.has_value(), s.projected = a.weight_hr.has_value(), s.reverse = a.reverse;
+    s.n = narrow("num_units", size_of("query.weight", a.query, 3, 0));
+    s.p = narrow("unit size", size_of("query.weight", a.query, 3, 1));
+    s.u = narrow("unit size", divided("weight_ih.size(2)", size_of("weight_ih", a.weight_ih, 3, 2), "gates", s.lstm ? 4 : 3));
+    s.input = narrow("input_size", size_of("key.weight", a.key, 2, 1));
+    s.k = narrow("k", a.k), s.heads = narrow("num_input_heads", a.heads), s.comm_heads = narrow("num_comm_heads", a.comm_heads);
+    if (s.n < 1 || s.p < 1 || s.u < 1 || s.input < 1) fail("num_units, unit sizes and input_size should be positive");
+    if (s.k < 1 || s.k > s.n) fail("k should be from 1 to num_units=" + std::to_string(s.n) + ", got " + std::to_string(s.k));
+    s.key = narrow("key_size_input", divided("key.weight.size(0)", a.key.size(0), "num_input_heads", s.heads));
+    s.value = narrow("value_size_input", divided("value.weight.size(0)", size_of("value.weight", a.value, 2, 0), "num_input_heads", s.heads));
+    if (s.comm_heads) {
+      if (!a.comm_query || !a.comm_value) fail("communication weights should be tensors where num_comm_heads > 0");
+      s.comm_key = narrow("key_size_comm", divided("communication.query.weight.size(2)", size_of("communication.query.weight", *a.comm_query, 3, 2), "num_comm_heads", s.comm_heads));
+      s.comm_value = narrow("value_size_comm", divided("communication.value.weight.size(2)", size_of("communication.value.weight", *a.comm_value, 3, 2), "num_comm_heads", s.comm_heads));
+    }
+
+    // Time: the rows present at each step, and where they start.
+    const int64_t dims = packed ? 2 : 3;
+    if (a.input.dim() != dims) fail("input should have " + std::to_string(dims) + " dimensions, got " + std::to_string(a.input.dim()));
+    s.batch = size_of("h_0", a.h, 2, 0);
+    batch_sizes = packed ? a.batch_sizes : std::vector<int64_t>(a.input.size(0), s.batch);
+    int64_t previous = s.batch;
+    for (int64_t present : batch_sizes) {
+      if (present < 1 && s.batch) fail("batch_sizes should be positive, got " + std::to_string(present));
+      if (present > previous) fail("batch_sizes should never grow and start at the batch size " + std::to_string(s.batch) + ", got " + std::to_string(present) + " after " + std::to_string(previous));
+      previous = present;
+      offsets.push_back(s.total);
+      s.total += present;
+    }
+    if (packed && batch_sizes.front() != s.batch) fail("batch_sizes should start at the batch size " + std::to_string(s.batch) + ", got " + std::to_string(batch_sizes.front()));
+    s.steps = static_cast<int64_t>(batch_sizes.size());
+    s.batch_sizes = batch_sizes.data(), s.offsets = offsets.data();
+
+    const int64_t n = s.n, p = s.p, u = s.u, d_q = int64_t(s.heads) * s.key, d_v = int64_t(s.heads) * s.value, gates = s.weight_gates();
+    const bool comm = s.comm_heads > 0;
+    inputs.reserve(18);
+    const auto take = [&](const char* name, const Optional& tensor, std::vector<int64_t> shape, bool present = true) -> const T* {
+      inputs.emplace_back(name, tensor, shape, present);
+      return inputs.back();
+    };
+    problem.input = take("input", a.input, packed ? std::vector<int64_t>{s.total, s.input} : std::vector<int64_t>{s.steps, s.batch, s.input});
+    problem.h = take("h_0", a.h, {s.batch, n * p});
+    problem.c = take("c_0", a.c, {s.batch, n * u}, s.lstm);
+    Parameters<const T>& w = problem.weight;
+    w.query = take("input_attention.query.weight", a.query, {n, p, d_q});
+    w.query_bias = take("input_attention.query.bias", a.query_bias, {n, d_q}, s.bias);
+    w.key = take("input_attention.key.weight", a.key, {d_q, s.input});
+    w.key_bias = take("input_attention.key.bias", a.key_bias, {d_q}, s.bias);
+    w.value = take("input_attention.value.weight", a.value, {d_v, s.input});
+    w.value_bias = take("input_attention.value.bias", a.value_bias, {d_v}, s.bias);
+    w.weight_ih = take("dynamics.weight_ih", a.weight_ih, {n, d_v, gates});
+    w.weight_hh = take("dynamics.weight_hh", a.weight_hh, {n, p, gates});
+    w.bias_ih = take("dynamics.bias_ih", a.bias_ih, {n, gates}, s.bias);
+    w.bias_hh = take("dynamics.bias_hh", a.bias_hh, {n, gates}, s.bias);
+    w.weight_hr = take("dynamics.weight_hr", a.weight_hr, {n, u, p}, s.projected);
+    if (!s.projected && u != p) fail("unit sizes of h and c should be equal without projections, got " + std::to_string(p) + " and " + std::to_string(u));
+    w.comm_query = take("communication.query.weight", a.comm_query, {n, p, s.e()}, comm);
+    w.comm_key = take("communication.key.weight", a.comm_key, {n, p, s.e()}, comm);
+    w.comm_value = take("communication.value.weight", a.comm_value, {n, p, s.w()}, comm);
+    w.comm_output = take("communication.output.weight", a.comm_output, {n, s.w(), p}, comm);
+
+    s.input_scale = 1 / std::sqrt(double(s.key));
+    s.comm_scale = comm ? 1 / std::sqrt(double(s.comm_key)) : 0;
+    output_shape = packed ? std::vector<int64_t>{s.total, n * p} : std::vector<int64_t>{s.steps, s.batch, n * p};
+    plan(backward);
+  }
+
+  // Which products to multiply out first, and into how many blocks to cut the batch, by counting multiplications.
+  void plan(bool backward) {
+    const double rows = double(s.total), in1 = s.in1(), passes = backward ? 3 : 1;
+    const double apart_key = rows * s.heads * s.key * (s.input + s.n), folded_key = in1 * s.heads * s.n * (double(s.p) * s.key + rows);
+    s.fold_key = folded_key < apart_key;
+    const double gates = s.weight_gates();
+    const double apart_value = rows * s.heads * s.value * (s.input + s.k * gates);
+    const double folded_value = in1 * s.heads * gates * (double(s.n) * s.value + rows * s.k);
+    s.fold_value = folded_value < apart_value;
+    const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
+    const double work = passes * rows * step;
+    int64_t threads = torch::stable::get_num_threads();
+    const int64_t worth = int64_t(work / 2e6) + 1;  // a thread should have some ten microseconds to do
+    threads = threads < worth ? threads : worth;
+    s.blocks = int(threads < s.batch ? threads : (s.batch ? s.batch : 1));
+  }
+
+  std::vector<char> storage;
+};
+
+// at::parallel_for over single tasks.
+template <class F>
+void parallel(int64_t tasks, bool alone, const F& task) {
+  if (alone) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+    return;
+  }
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
+}
+
+Tensor empty(std::vector<int64_t> shape, ScalarType type) {
+  return torch::stable::empty({shape.data(), shape.size()}, type);
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// output, h_n, c_n, and what backward needs: winners, saved.
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Results scan_as(const Arguments& a, bool save) {
+  Call<T> call(a, false);
+  Problem<T>& problem = call.problem;
+  const Sizes& s = problem.s;
+  const ScalarType type = a.input.scalar_type();
+  const Tensor output = empty(call.output_shape, type), last_h = empty({s.batch, int64_t(s.n) * s.p}, type);
+  const Tensor last_c = empty({s.lstm ? s.batch : 0, int64_t(s.n) * s.u}, type);
+  const Tensor winners = empty({save ? s.total : 0, s.k}, ScalarType::Int), saved = empty({save ? Saved<T>::size(s) : 0}, type);
+  problem.output = data<T>(output), problem.last_h = data<T>(last_h), problem.last_c = data<T>(last_c);
+  problem.save = save;
+  if (save) problem.saved = Saved<T>::in(data<T>(saved), data<int32_t>(winners), s);
+
+  const Kernels<T>& run = kernels<T>();
+  const Tensor storage = empty({run.setup(problem, nullptr, false)}, ScalarType::Byte);
+  void* at = storage.mutable_data_ptr();
+  run.setup(problem, at, false);
+  parallel(s.n + 1, s.blocks == 1, [&](int64_t task) { run.prepare(at, int(task)); });
+  parallel(s.blocks, s.blocks == 1, [&](int64_t block) { run.forward(at, int(block)); });
+  return {output, last_h, last_c, winners, saved};
+}
+
+template <class T>
+std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_output, const Optional& grad_h, const Optional& grad_c,
+                                     const Tensor& output, const Tensor& winners, const Tensor& saved, bool input_grad) {
+  Call<T> call(a, true);
+  Problem<T>& problem = call.problem;
+  const Sizes& s = problem.s;
+  const ScalarType type = a.input.scalar_type();
+  const Input<T> given_output("grad_output", grad_output, call.output_shape, grad_output.has_value());
+  const Input<T> given_h("grad_h_n", grad_h, {s.batch, int64_t(s.n) * s.p}, grad_h.has_value());
+  const Input<T> given_c("grad_c_n", grad_c, {s.batch, int64_t(s.n) * s.u}, s.lstm && grad_c.has_value());
+  const Input<T> result("output", output, call.output_shape), kept("saved", saved, {Saved<T>::size(s)});
+  if (winners.dim() != 2 || winners.size(0) != s.total || winners.size(1) != s.k || winners.scalar_type() != ScalarType::Int || !winners.is_contiguous())
+    fail("winners should be a contiguous int32 tensor of shape " + shape_of({s.total, s.k}));
+  const int32_t* won = static_cast<const int32_t*>(winners.const_data_ptr());
+  for (int64_t i = 0; i < s.total * s.k; ++i)
+    if (won[i] < 0 || won[i] >= s.n) fail("winners should be from 0 to " + std::to_string(s.n - 1) + ", got " + std::to_string(won[i]));
+  problem.grad_output = given_output, problem.grad_last_h = given_h, problem.grad_last_c = given_c;
+  problem.output = const_cast<T*>(static_cast<const T*>(result));
+  problem.saved = Saved<T>::in(const_cast<T*>(static_cast<const T*>(kept)), const_cast<int32_t*>(won), s);
+
+  // Gradients in the order of the schema, those of absent parameters left out.
+  std::vector<Tensor> grads;
+  const auto like = [&](const Optional& tensor) -> T* {
+    if (!tensor) return nullptr;
+    const auto sizes = tensor->sizes();
+    grads.push_back(torch::stable::empty(sizes, type));
+    return data<T>(grads.back());
+  };
+  const Optional nothing;
+  if (input_grad)
+    problem.grad_input = like(a.input);
+  else
+    grads.push_back(empty({0}, type));
+  problem.grad_h = like(a.h), problem.grad_c = like(a.c);
+  Parameters<T>& g = problem.grad;
+  g.query = like(a.query), g.query_bias = like(a.query_bias), g.key = like(a.key), g.key_bias = like(a.key_bias);
+  g.value = like(a.value), g.value_bias = like(a.value_bias), g.weight_ih = like(a.weight_ih), g.weight_hh = like(a.weight_hh);
+  g.bias_ih = like(a.bias_ih), g.bias_hh = like(a.bias_hh), g.weight_hr = like(a.weight_hr);
+  g.comm_query = like(a.comm_query), g.comm_key = like(a.comm_key), g.comm_value = like(a.comm_value), g.comm_output = like(a.comm_output);
+
+  const Kernels<T>& run = kernels<T>();
+  const Tensor storage = empty({run.setup(problem, nullptr, true)}, ScalarType::Byte);
+  void* at = storage.mutable_data_ptr();
+  run.setup(problem, at, true);
+  const bool alone = s.blocks == 1;
+  parallel(s.n + 1, alone, [&](int64_t task) { run.prepare(at, int(task)); });
+  parallel(s.blocks, alone, [&](int64_t block) { run.backward(at, int(block)); });
+  parallel(s.n, alone, [&](int64_t task) { run.finish(at, int(task)); });
+  run.finish(at, s.n);
+  return grads;
+}
+
+// The schema. Parameters by their names in the state_dict; absent ones are None.
+#define RIM_PARAMETERS                                                                                                         \
+  "Tensor input, Tensor h, Tensor? c, Tensor query, Tensor? query_bias, Tensor key, Tensor? key_bias, Tensor value, "          \
+  "Tensor? value_bias, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "              \
+  "Tensor? comm_query, Tensor? comm_key, Tensor? comm_value, Tensor? comm_output, int[] batch_sizes, int k, int heads, "       \
+  "int comm_heads, bool reverse"
+
+Arguments arguments(const Tensor& input, const Tensor& h, const Optional& c, const Tensor& query, const Optional& query_bias,
+                    const Tensor& key, const Optional& key_bias, const Tensor& value, const Optional& value_bias,
+                    const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh,
+                    const Optional& weight_hr, const Optional& comm_query, const Optional& comm_key, const Optional& comm_value,
+                    const Optional& comm_output, const std::vector<int64_t>& batch_sizes, int64_t k, int64_t heads,
+                    int64_t comm_heads, bool reverse) {
+  return {input,     h,       c,       query,     key,        value,    weight_ih,  weight_hh,   query_bias,  key_bias, value_bias, bias_ih,
+          bias_hh,   weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k,        heads,      comm_heads, reverse};
+}
+
+bool is_double(const Tensor& input) {
+  const ScalarType type = input.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double) fail("input should be float32 or float64");
+  return type == ScalarType::Double;
+}
+
+Results scan(Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key, Optional key_bias, Tensor value,
+             Optional value_bias, Tensor weight_ih, Tensor weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
+             Optional comm_query, Optional comm_key, Optional comm_value, Optional comm_output, std::vector<int64_t> batch_sizes,
+             int64_t k, int64_t heads, int64_t comm_heads, bool reverse, bool save) {
+  const Arguments a = arguments(input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh,
+                                weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k, heads, comm_heads, reverse);
+  return is_double(input) ? scan_as<double>(a, save) : scan_as<float>(a, save);
+}
+
+std::vector<Tensor> scan_backward(Optional grad_output, Optional grad_h, Optional grad_c, Tensor output, Tensor winners, Tensor saved,
+                                  bool input_grad, Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key,
+                                  Optional key_bias, Tensor value, Optional value_bias, Tensor weight_ih, Tensor weight_hh,
+                                  Optional bias_ih, Optional bias_hh, Optional weight_hr, Optional comm_query, Optional comm_key,
+                                  Optional comm_value, Optional comm_output, std::vector<int64_t> batch_sizes, int64_t k,
+                                  int64_t heads, int64_t comm_heads, bool reverse) {
+  const Arguments a = arguments(input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh,
+                                weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k, heads, comm_heads, reverse);
+  return is_double(input) ? scan_backward_as<double>(a, grad_output, grad_h, grad_c, output, winners, saved, input_grad)
+                          : scan_backward_as<float>(a, grad_output, grad_h, grad_c, output, winners, saved, input_grad);
+}
+
+}  // namespace
+}  // namespace rim
+
+STABLE_TORCH_LIBRARY(rim_rnn, m) {
+  m.def("scan(" RIM_PARAMETERS ", bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor winners, Tensor saved)");
+  m.def("scan_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor output, Tensor winners, Tensor saved, "
+        "bool input_grad, " RIM_PARAMETERS ") -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CPU, m) {
+  m.impl("scan", TORCH_BOX(&rim::scan));
+  m.impl("scan_backward", TORCH_BOX(&rim::scan_backward));
+}

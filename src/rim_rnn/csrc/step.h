@@ -1,0 +1,578 @@
+// One step of a RIM for one block of the batch, its four stages in the paper's order, then their gradients in reverse.
+//
+// A block of the batch goes through all steps alone, on one thread, so steps need no synchronisation and a batch row never
+// meets another. Symbols are those of problem.h; i counts rows of the block, j units, m units that are read, and inside a
+// unit r counts its rows, winners first.
+#pragma once
+
+#include "weights.h"
+
+namespace rim {
+namespace RIM_ISA {
+
+// Rows for a weight gradient, collected over steps until they make one large product: total += A^T B.
+template <class T>
+struct Panel {
+  T *A, *B;
+  int ld_a, ld_b, rows = 0, capacity;
+  bool begun = false;
+
+  Panel() = default;
+  Panel(Arena& arena, int cols_a, int cols_b, int rows_per_step) {
+    capacity = rows_per_step * ((255 + rows_per_step) / rows_per_step);
+    ld_a = pad<T>(cols_a), ld_b = pad<T>(cols_b) + WIDTH<T>;
+    A = arena.take<T>(int64_t(capacity) * ld_a);
+    B = arena.take<T>(int64_t(capacity) * ld_b);
+  }
+  T* a(int r) const { return A + int64_t(rows + r) * ld_a; }
+  T* b(int r) const { return B + int64_t(rows + r) * ld_b; }
+};
+
+template <class T>
+struct Block {
+  const Problem<T>& problem;
+  const Sizes& s;
+  const Weights<T>& W;
+  const int block, most;  // most: rows of this block of the batch
+  const int64_t n, k, u, p, p1, in1, K, H;
+  GateBlock gate_block[3];
+  int num_gate_blocks;
+
+  // The step at hand.
+  int rows;
+  int64_t start;  // of its rows in packed order
+
+  // One row of the block each.
+  T *x, *key, *value;     // [x | 1]; x W^e + b^e; x W^v + b^v
+  T *h, *c;               // (n, p1) with a 1 behind each unit's state if there are biases, and (n, u)
+  T *a_input, *bids;      // (n, heads), (n)
+  int32_t* winners;       // (k)
+  int* place;             // (n): where unit j has the row; only of winners in forward
+  // One row of the block each, per unit: (n, most, ...).
+  int* row;               // winners first
+  int* won;               // (n): how many winners
+  int* slot;              // which of the row's winners
+  T *read, *ask, *heard;  // key and value, query, what the heads heard
+  int64_t ld_x, ld_key, ld_value, ld_query, ld_operand, ld_gates, ld_state, ld_read, ld_ask, ld_heard;
+  T *query, *operand, *gates, *state, *projected;  // of the unit at hand
+  T* scores;                                       // (comm_heads, n) of the row at hand
+
+  // Backward only.
+  T *dh, *dc, *dx, *dfeature, *dheard, *dasked, *doperand, *dscores, *dkey, *dvalue, *tilde;
+  const T** before;       // of each row: h before the step, (n, p)
+  Panel<T>*gates_panel, *query_panel, *project_panel, *talk_panel, *output_panel;  // of each unit
+  Panel<T> key_panel, value_panel;
+
+  Block(const Problem<T>& problem_, const Weights<T>& W_, Arena& arena, int block_, bool backward)
+      : problem(problem_), s(problem_.s), W(W_), block(block_), most(int((s.batch - block_ + s.blocks - 1) / s.blocks)),
+        n(s.n), k(s.k), u(s.u), p(s.p), p1(s.p1()), in1(s.in1()), K(s.K()), H(s.heads) {
+    num_gate_blocks = gate_blocks(s, gate_block);
+    const int64_t R = most;
+    const int slack = WIDTH<T>;
+    ld_x = pad<T>(in1), ld_key = pad<T>(H * s.key), ld_value = pad<T>(H * s.value), ld_query = pad<T>(H * s.S());
+    ld_operand = pad<T>(K) + slack, ld_gates = pad<T>(s.gates()) + slack, ld_state = pad<T>(p > u ? p : u);
+    ld_read = pad<T>(s.e() + s.w()), ld_ask = pad<T>(s.e()), ld_heard = pad<T>(s.w());
+    x = arena.take<T>(R * ld_x);
+    key = arena.take<T>(s.fold_key ? 0 : R * ld_key);
+    value = arena.take<T>(s.fold_value ? 0 : R * ld_value);
+    h = arena.take<T>(R * n * p1);
+    c = arena.take<T>(s.lstm ? R * n * u : 0);
+    a_input = arena.take<T>(R * n * H);
+    bids = arena.take<T>(n);
+    winners = arena.take<int32_t>(R * k);
+    place = arena.take<int>(R * n);
+    row = arena.take<int>(R * n);
+    won = arena.take<int>(n);
+    slot = arena.take<int>(R * n);
+    query = arena.take<T>(R * ld_query);
+    operand = arena.take<T>(R * ld_operand);
+    gates = arena.take<T>(R * ld_gates);
+    state = arena.take<T>(R * ld_state);
+    projected = arena.take<T>(R * ld_state);
+    read = arena.take<T>(R * n * ld_read);
+    ask = arena.take<T>(R * n * ld_ask);
+    heard = arena.take<T>(R * n * ld_heard);
+    scores = arena.take<T>(pad<T>(s.comm_heads * n));
+    if (!backward) return;
+    dh = arena.take<T>(R * n * p);
+    dc = arena.take<T>(s.lstm ? R * n * u : 0);
+    dx = arena.take<T>(R * ld_x);
+    doperand = arena.take<T>(R * ld_operand);
+    dheard = arena.take<T>(R * n * ld_heard);
+    dasked = arena.take<T>(R * ld_state);
+    dscores = arena.take<T>(pad<T>(n));
+    tilde = arena.take<T>(R * n * p);
+    before = arena.take<const T*>(R);
+    gates_panel = arena.take<Panel<T>>(n);
+    query_panel = arena.take<Panel<T>>(n);
+    project_panel = arena.take<Panel<T>>(n);
+    talk_panel = arena.take<Panel<T>>(n);
+    output_panel = arena.take<Panel<T>>(n);
+    for (int j = 0; j < n; ++j) {
+      const Panel<T> gates_(arena, K, s.gates(), most), query_(arena, 0, H * s.S(), most);
+      const Panel<T> project_(arena, s.projected ? u : 0, s.projected ? p : 0, most);
+      const Panel<T> talk_(arena, s.comm_heads ? p : 0, 2 * s.e() + s.w(), most), output_(arena, s.w(), s.comm_heads ? p : 0, most);
+      if (!arena.base) continue;
+      gates_panel[j] = gates_, query_panel[j] = query_, project_panel[j] = project_, talk_panel[j] = talk_, output_panel[j] = output_;
+    }
+    key_panel = Panel<T>(arena, s.fold_key ? 0 : H * s.key, in1, most);
+    value_panel = Panel<T>(arena, s.fold_value ? 0 : H * s.value, in1, most);
+  }
+
+  int64_t batch_row(int i) const { return block + int64_t(i) * s.blocks; }
+  int64_t position(int i) const { return start + batch_row(i); }
+  T* state_of(int i, int j) const { return h + (int64_t(i) * n + j) * p1; }
+  T* cell_of(int i, int j) const { return c + (int64_t(i) * n + j) * u; }
+  const T* key_of(int i, int head) const { return s.fold_key ? x + i * int64_t(ld_x) : key + i * int64_t(ld_key) + head * s.key; }
+  const T* value_of(int i, int head) const { return s.fold_value ? x + i * int64_t(ld_x) : value + i * int64_t(ld_value) + head * s.value; }
+  T* of_unit(T* base, int64_t j, int64_t ld) const { return base + int64_t(j) * most * ld; }
+
+  void at_step(int64_t t) {
+    const int64_t present = s.batch_sizes[t];
+    rows = present > block ? int((present - block + s.blocks - 1) / s.blocks) : 0;
+    start = s.offsets[t];
+  }
+
+  // What depends on x alone: [x | 1] and, where they are not folded into the weights, key and value.
+  void project() {
+    for (int i = 0; i < rows; ++i) {
+      copy(x + i * ld_x, problem.input + position(i) * s.input, s.input);
+      if (s.bias) x[i * ld_x + s.input] = 1;
+    }
+    if (!s.fold_key) multiply(rows, x, ld_x, W.key, key, ld_key);
+    if (!s.fold_value) multiply(rows, x, ld_x, W.value, value, ld_value);
+  }
+
+  // ---- Forward ----
+
+  // Input attention, equation 2: score = query . key / sqrt(key size), a_input = softmax([0, score])_1 = sigmoid(score).
+  void input_attention() {
+    for (int j = 0; j < n; ++j) {
+      multiply(rows, h + j * p1, n * p1, W.unit[j].query, query, ld_query);
+      for (int i = 0; i < rows; ++i)
+        for (int head = 0; head < H; ++head)
+          a_input[(i * n + j) * H + head] = dot(query + i * ld_query + head * s.S(), key_of(i, head), s.S()) * T(s.input_scale);
+    }
+  }
+
+  // Competition: the k highest bids win, a bid being the score averaged over heads; ties to the lowest unit, NaN below all.
+  void competition() {
+    for (int j = 0; j < n; ++j) won[j] = 0;
+    for (int i = 0; i < rows; ++i) {
+      T* score = a_input + i * n * H;
+      for (int j = 0; j < n; ++j) {
+        bids[j] = 0;
+        for (int head = 0; head < H; ++head) bids[j] += score[j * H + head];
+        bids[j] /= T(H);
+      }
+      int* wins = place + i * n;
+      for (int j = 0; j < n; ++j) wins[j] = -1;
+      for (int rank = 0; rank < k; ++rank) {
+        int best = -1;
+        for (int j = 0; j < n; ++j)
+          if (wins[j] < 0 && (best < 0 || bids[j] > bids[best] || (bids[best] != bids[best] && bids[j] == bids[j]))) best = j;
+        wins[best] = 0;
+      }
+      for (int j = 0, place_ = 0; j < n; ++j)
+        if (wins[j] == 0) winners[i * k + place_++] = j;
+      enlist(i);
+      for (int a = 0; a < n * H; a += WIDTH<T>) store(score + a, sigmoid<T>(load(score + a, n * H - a)), n * H - a);
+    }
+    if (!problem.save) return;
+    for (int i = 0; i < rows; ++i)
+      for (int a = 0; a < k; ++a) {
+        problem.saved.winners[position(i) * k + a] = winners[i * k + a];
+        copy(problem.saved.attention + (position(i) * k + a) * H, a_input + (i * n + winners[i * k + a]) * H, H);
+      }
+  }
+  void enlist(int i) {  // row i with each of its winners
+    for (int a = 0; a < k; ++a) {
+      const int j = winners[i * k + a], r = won[j]++;
+      row[j * most + r] = i;
+      slot[j * most + r] = a;
+      place[i * n + j] = r;
+    }
+  }
+
+  // A winner's operand: [h | 1 | a_input * feature].
+  void gather(int i, const T* state_, const T* a, T* to) const {
+    copy(to, state_, p);
+    if (s.bias) to[p] = 1;
+    to += p1;
+    for (int head = 0; head < H; ++head, to += s.F()) {
+      const T* feature = value_of(i, head);
+      for (int f = 0; f < s.F(); f += WIDTH<T>) store(to + f, a[head] * load(feature + f, s.F() - f), s.F() - f);
+    }
+  }
+
+  // Independent dynamics, equation 4: the winners' LSTM or GRU; losers keep h and c.
+  void dynamics() {
+    for (int j = 0; j < n; ++j) {
+      const int* rows_ = row + j * most;
+      const int count = won[j];
+      for (int r = 0; r < count; ++r) gather(rows_[r], state_of(rows_[r], j), a_input + (rows_[r] * n + j) * H, operand + int64_t(r) * ld_operand);
+      for (int b = 0; b < num_gate_blocks; ++b)
+        multiply(count, operand + gate_block[b].row, ld_operand, W.unit[j].gates[b], gates + gate_block[b].col, ld_gates);
+      for (int r = 0; r < count; ++r) {
+        const int i = rows_[r];
+        const int64_t at = position(i) * k + slot[j * most + r];
+        T* saved = problem.save ? problem.saved.gates + at * 4 * u : nullptr;
+        T* new_state = s.projected ? state + r * ld_state : state_of(i, j);
+        if (s.lstm)
+          lstm(gates + int64_t(r) * ld_gates, cell_of(i, j), new_state, saved, problem.save ? problem.saved.cell + at * u : nullptr);
+        else
+          gru(gates + int64_t(r) * ld_gates, new_state, saved);
+      }
+      if (s.projected) {
+        multiply(count, state, ld_state, W.unit[j].project, projected, ld_state);
+        for (int r = 0; r < count; ++r) copy(state_of(rows_[r], j), projected + r * ld_state, p);
+      }
+      if (problem.save)
+        for (int r = 0; r < count; ++r)
+          copy(problem.saved.state + (position(rows_[r]) * k + slot[j * most + r]) * p, state_of(rows_[r], j), p);
+    }
+  }
+  // c~ = f c + i g, h~ = o tanh(c~)
+  void lstm(const T* gate, T* cell, T* new_state, T* saved, T* saved_cell) const {
+    for (int d = 0; d < u; d += WIDTH<T>) {
+      const int left = u - d;
+      const Vec<T> in = sigmoid<T>(load(gate + d, left)), forget = sigmoid<T>(load(gate + u + d, left));
+      const Vec<T> candidate = tanh<T>(load(gate + 2 * u + d, left)), out = sigmoid<T>(load(gate + 3 * u + d, left));
+      const Vec<T> old = load(cell + d, left), now = forget * old + in * candidate;
+      store(cell + d, now, left);
+      store(new_state + d, out * tanh<T>(now), left);
+      if (!saved) continue;
+      store(saved + d, in, left);
+      store(saved + u + d, forget, left);
+      store(saved + 2 * u + d, candidate, left);
+      store(saved + 3 * u + d, out, left);
+      store(saved_cell + d, old, left);
+    }
+  }
+  // n = tanh(W_in x + b_in + r (W_hn h + b_hn)), h~ = (1 - z) n + z h
+  void gru(const T* gate, T* state_, T* saved) const {
+    for (int d = 0; d < u; d += WIDTH<T>) {
+      const int left = u - d;
+      const Vec<T> reset = sigmoid<T>(load(gate + d, left)), update = sigmoid<T>(load(gate + u + d, left));
+      const Vec<T> from_h = load(gate + 2 * u + d, left);
+      const Vec<T> candidate = tanh<T>(load(gate + 3 * u + d, left) + reset * from_h);
+      store(state_ + d, (T(1) - update) * candidate + update * load(state_ + d, left), left);
+      if (!saved) continue;
+      store(saved + d, reset, left);
+      store(saved + u + d, update, left);
+      store(saved + 2 * u + d, candidate, left);
+      store(saved + 3 * u + d, from_h, left);
+    }
+  }
+
+  // Communication, equations 5 and 6: winners ask, every unit is read; h = h~ + softmax(query . key / sqrt(key size)) value W^o.
+  void communication() {
+    if (!s.comm_heads) return;
+    for (int j = 0; j < n; ++j) {
+      const int count = won[j];
+      multiply(rows, h + j * p1, n * p1, W.unit[j].read, of_unit(read, j, ld_read), ld_read);
+      for (int r = 0; r < count; ++r) copy(state + r * ld_state, state_of(row[j * most + r], j), p);
+      multiply(count, state, ld_state, W.unit[j].ask, of_unit(ask, j, ld_ask), ld_ask);
+    }
+    for (int i = 0; i < rows; ++i)
+      for (int a = 0; a < k; ++a) {
+        const int j = winners[i * k + a], r = place[i * n + j];
+        T* probabilities = problem.save ? problem.saved.probabilities + (position(i) * k + a) * s.comm_heads * n : scores;
+        attend(i, of_unit(ask, j, ld_ask) + r * ld_ask, probabilities);
+        listen(i, probabilities, of_unit(heard, j, ld_heard) + r * ld_heard, nullptr);
+      }
+    for (int j = 0; j < n; ++j) {
+      multiply(won[j], of_unit(heard, j, ld_heard), ld_heard, W.unit[j].output, state, ld_state);
+      for (int r = 0; r < won[j]; ++r) add(state_of(row[j * most + r], j), state + r * ld_state, p);
+    }
+  }
+  // Where unit m's keys and values of row i lie; in backward units have their rows in an order of their own.
+  T* read_of(int i, int m, const int* places) const { return of_unit(read, m, ld_read) + int64_t(places ? places[i * n + m] : i) * ld_read; }
+
+  void attend(int i, const T* asking, T* probabilities) const {
+    for (int head = 0; head < s.comm_heads; ++head) {
+      T* score = scores + head * n;
+      T highest = 0;
+      for (int m = 0; m < n; ++m) {
+        score[m] = dot(asking + head * s.comm_key, read_of(i, m, nullptr) + head * s.comm_key, s.comm_key) * T(s.comm_scale);
+        highest = m == 0 || score[m] > highest ? score[m] : highest;
+      }
+      for (int m = 0; m < n; ++m) score[m] -= highest;
+    }
+    const int size = s.comm_heads * n;
+    for (int a = 0; a < size; a += WIDTH<T>) store(scores + a, exp<T>(load(scores + a)));
+    for (int head = 0; head < s.comm_heads; ++head) {
+      T total = 0;
+      for (int m = 0; m < n; ++m) total += scores[head * n + m];
+      for (int m = 0; m < n; ++m) probabilities[head * n + m] = scores[head * n + m] / total;
+    }
+  }
+  void listen(int i, const T* probabilities, T* to, const int* places) const {
+    for (int head = 0; head < s.comm_heads; ++head)
+      for (int d = 0; d < s.comm_value; d += WIDTH<T>) {
+        const int at = head * s.comm_value + d, left = s.comm_value - d;
+        Vec<T> total{};
+        for (int m = 0; m < n; ++m) total += probabilities[head * n + m] * load(read_of(i, m, places) + s.e() + at, left);
+        store(to + at, total, left);
+      }
+  }
+
+  void forward() {
+    for (int i = 0; i < most; ++i) {
+      for (int j = 0; j < n; ++j) {
+        copy(state_of(i, j), problem.h + (batch_row(i) * n + j) * p, p);
+        if (s.bias) state_of(i, j)[p] = 1;
+      }
+      if (s.lstm) copy(cell_of(i, 0), problem.c + batch_row(i) * n * u, n * u);
+    }
+    for (int64_t step = 0; step < s.steps; ++step) {
+      at_step(s.reverse ? s.steps - 1 - step : step);
+      project();
+      input_attention();
+      competition();
+      dynamics();
+      communication();
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < n; ++j) copy(problem.output + (position(i) * n + j) * p, state_of(i, j), p);
+    }
+    for (int i = 0; i < most; ++i) {
+      for (int j = 0; j < n; ++j) copy(problem.last_h + (batch_row(i) * n + j) * p, state_of(i, j), p);
+      if (s.lstm) copy(problem.last_c + batch_row(i) * n * u, cell_of(i, 0), n * u);
+    }
+  }
+
+  // ---- Backward: d<name> is the gradient of <name> ----
+
+  // Find the step again: its winners, h before it and h~, and what depends on x alone.
+  void recall(int64_t t) {
+    const int64_t earlier = s.reverse ? t + 1 : t - 1;
+    const int64_t present = earlier >= 0 && earlier < s.steps ? s.batch_sizes[earlier] : 0;
+    for (int j = 0; j < n; ++j) won[j] = 0;
+    for (int i = 0; i < rows; ++i) {
+      const int64_t b = batch_row(i), at = position(i) * k;
+      before[i] = b < present ? problem.output + (s.offsets[earlier] + b) * n * p : problem.h + b * n * p;
+      copy(tilde + i * n * p, before[i], n * p);
+      for (int j = 0; j < n; ++j) place[i * n + j] = -1;
+      for (int a = 0; a < k; ++a) {
+        winners[i * k + a] = problem.saved.winners[at + a];
+        copy(tilde + (i * n + winners[i * k + a]) * p, problem.saved.state + (at + a) * p, p);
+      }
+      enlist(i);
+    }
+    for (int j = 0; j < n; ++j)  // losers behind the winners
+      for (int i = 0, r = won[j]; i < rows; ++i)
+        if (place[i * n + j] < 0) row[j * most + r] = i, place[i * n + j] = r++;
+    project();
+    zero(dx, int64_t(rows) * ld_x);
+  }
+
+  void communication_backward() {
+    if (!s.comm_heads) return;
+    const int e = s.e(), w = s.w();
+    for (int j = 0; j < n; ++j) {
+      Panel<T>&talk = talk_panel[j], &output = output_panel[j];
+      for (int r = 0; r < rows; ++r) copy(talk.a(r), tilde + (row[j * most + r] * n + j) * p, p);
+      multiply(rows, talk.a(0), talk.ld_a, W.unit[j].read, of_unit(read, j, ld_read), ld_read);
+      multiply(won[j], talk.a(0), talk.ld_a, W.unit[j].ask, of_unit(ask, j, ld_ask), ld_ask);
+      zero(talk.b(0), int64_t(rows) * talk.ld_b);
+      for (int r = 0; r < won[j]; ++r) copy(output.b(r), dh + (row[j * most + r] * n + j) * p, p);
+      multiply(won[j], output.b(0), output.ld_b, W.unit_t[j].output, of_unit(dheard, j, ld_heard), ld_heard);
+    }
+    for (int i = 0; i < rows; ++i)
+      for (int a = 0; a < k; ++a) {
+        const int j = winners[i * k + a], r = place[i * n + j];
+        const T* probabilities = problem.saved.probabilities + (position(i) * k + a) * s.comm_heads * n;
+        listen(i, probabilities, output_panel[j].a(r), place);
+        attend_backward(i, probabilities, of_unit(ask, j, ld_ask) + r * ld_ask, of_unit(dheard, j, ld_heard) + r * ld_heard,
+                        talk_panel[j].b(r) + e + w);
+      }
+    for (int j = 0; j < n; ++j) {
+      Panel<T>& talk = talk_panel[j];
+      multiply(rows, talk.b(0), talk.ld_b, W.unit_t[j].read, dasked, ld_state);
+      multiply(won[j], talk.b(0) + e + w, talk.ld_b, W.unit_t[j].ask, dasked, ld_state, true);
+      for (int r = 0; r < rows; ++r) add(dh + (row[j * most + r] * n + j) * p, dasked + r * ld_state, p);
+      talk.rows += rows;
+      output_panel[j].rows += won[j];
+    }
+  }
+  void attend_backward(int i, const T* probabilities, const T* asking, const T* dheard_, T* dasking) const {
+    for (int head = 0; head < s.comm_heads; ++head) {
+      const T* probability = probabilities + head * n;
+      const int at_key = head * s.comm_key, at_value = s.e() + head * s.comm_value;
+      const T* dlistened = dheard_ + head * s.comm_value;
+      T mean = 0;
+      for (int m = 0; m < n; ++m) {
+        dscores[m] = dot(dlistened, read_of(i, m, place) + at_value, s.comm_value);
+        mean += probability[m] * dscores[m];
+      }
+      for (int m = 0; m < n; ++m) {
+        const T dscore = probability[m] * (dscores[m] - mean) * T(s.comm_scale);
+        T* dread = talk_panel[m].b(place[i * n + m]);
+        add(dread + at_value, dlistened, s.comm_value, probability[m]);
+        add(dread + at_key, asking + at_key, s.comm_key, dscore);
+        add(dasking + at_key, read_of(i, m, place) + at_key, s.comm_key, dscore);
+      }
+    }
+  }
+
+  void dynamics_backward() {
+    for (int j = 0; j < n; ++j) {
+      Panel<T>&panel = gates_panel[j], &project_ = project_panel[j];
+      const int* rows_ = row + j * most;
+      const int count = won[j];
+      for (int r = 0; r < count; ++r) {
+        const int i = rows_[r];
+        gather(i, before[i] + j * p, problem.saved.attention + (position(i) * k + slot[j * most + r]) * H, panel.a(r));
+        copy(s.projected ? project_.b(r) : state + r * ld_state, dh + (i * n + j) * p, p);
+      }
+      if (s.projected) multiply(count, project_.b(0), project_.ld_b, W.unit_t[j].project, state, ld_state);
+      for (int r = 0; r < count; ++r) {
+        const int i = rows_[r];
+        const int64_t at = position(i) * k + slot[j * most + r];
+        const T* gate = problem.saved.gates + at * 4 * u;
+        if (s.lstm)
+          lstm_backward(gate, problem.saved.cell + at * u, state + r * ld_state, dc + (i * n + j) * u, panel.b(r), s.projected ? project_.a(r) : nullptr);
+        else
+          gru_backward(gate, panel.a(r), state + r * ld_state, panel.b(r), dh + (i * n + j) * p);
+      }
+      for (int b = 0; b < num_gate_blocks; ++b)
+        multiply(count, panel.b(0) + gate_block[b].col, panel.ld_b, W.unit_t[j].gates[b], doperand + gate_block[b].row, ld_operand, b > 0);
+      for (int r = 0; r < count; ++r) {
+        T* dstate = dh + (rows_[r] * n + j) * p;
+        if (s.lstm)
+          copy(dstate, doperand + r * ld_operand, p);
+        else
+          add(dstate, doperand + r * ld_operand, p);
+      }
+      project_.rows += s.projected ? count : 0;
+      input_attention_backward(j);
+      panel.rows += count;
+      query_panel[j].rows += count;
+    }
+  }
+  // dc becomes the gradient of c before the step; `output` receives o tanh(c~), where a projection needs it.
+  void lstm_backward(const T* gate, const T* cell, const T* dstate, T* dcell, T* dgate, T* output) const {
+    for (int d = 0; d < u; d += WIDTH<T>) {
+      const int left = u - d;
+      const Vec<T> in = load(gate + d, left), forget = load(gate + u + d, left);
+      const Vec<T> candidate = load(gate + 2 * u + d, left), out = load(gate + 3 * u + d, left);
+      const Vec<T> old = load(cell + d, left), squashed = tanh<T>(forget * old + in * candidate);
+      const Vec<T> dy = load(dstate + d, left);
+      const Vec<T> dnow = load(dcell + d, left) + dy * out * (T(1) - squashed * squashed);
+      store(dgate + d, dnow * candidate * in * (T(1) - in), left);
+      store(dgate + u + d, dnow * old * forget * (T(1) - forget), left);
+      store(dgate + 2 * u + d, dnow * in * (T(1) - candidate * candidate), left);
+      store(dgate + 3 * u + d, dy * squashed * out * (T(1) - out), left);
+      store(dcell + d, dnow * forget, left);
+      if (output) store(output + d, out * squashed, left);
+    }
+  }
+  // `dold` receives what reaches h directly, through z.
+  void gru_backward(const T* gate, const T* old_state, const T* dstate, T* dgate, T* dold) const {
+    for (int d = 0; d < u; d += WIDTH<T>) {
+      const int left = u - d;
+      const Vec<T> reset = load(gate + d, left), update = load(gate + u + d, left);
+      const Vec<T> candidate = load(gate + 2 * u + d, left), from_h = load(gate + 3 * u + d, left);
+      const Vec<T> old = load(old_state + d, left), dy = load(dstate + d, left);
+      const Vec<T> dinner = dy * (T(1) - update) * (T(1) - candidate * candidate);
+      store(dgate + d, dinner * from_h * reset * (T(1) - reset), left);
+      store(dgate + u + d, dy * (old - candidate) * update * (T(1) - update), left);
+      store(dgate + 2 * u + d, dinner * reset, left);
+      store(dgate + 3 * u + d, dinner, left);
+      store(dold + d, dy * update, left);
+    }
+  }
+
+  // A bid chooses and has no gradient; a winner's a_input has: da_input = d(a_input * feature) . feature.
+  void input_attention_backward(int j) {
+    const Panel<T>&panel = gates_panel[j], &queries = query_panel[j];
+    const int count = won[j], S = s.S(), F = s.F();
+    multiply(count, panel.a(0), panel.ld_a, W.unit[j].query, query, ld_query);
+    for (int r = 0; r < count; ++r) {
+      const int i = row[j * most + r];
+      const T* a = problem.saved.attention + (position(i) * k + slot[j * most + r]) * H;
+      for (int head = 0; head < H; ++head) {
+        const T* dread = doperand + r * ld_operand + p1 + head * F;
+        const T da = dot(dread, value_of(i, head), F);
+        const T dscore = da * a[head] * (1 - a[head]) * T(s.input_scale);
+        const T* key_ = key_of(i, head);
+        T* dquery = queries.b(r) + head * S;
+        for (int d = 0; d < S; d += WIDTH<T>) store(dquery + d, dscore * load(key_ + d, S - d), S - d);
+        add(s.fold_value ? dx + i * ld_x : value_panel.a(i) + head * s.value, dread, F, a[head]);
+        add(s.fold_key ? dx + i * ld_x : key_panel.a(i) + head * s.key, query + r * ld_query + head * S, S, dscore);
+      }
+    }
+    multiply(count, queries.b(0), queries.ld_b, W.unit_t[j].query, dasked, ld_state);
+    for (int r = 0; r < count; ++r) add(dh + (row[j * most + r] * n + j) * p, dasked + r * ld_state, p);
+  }
+
+  // The gradient of x, through key and value where they are not folded.
+  void project_backward() {
+    const auto through = [&](Panel<T>& panel, const Matrix<T>& weight_t) {
+      for (int i = 0; i < rows; ++i) copy(panel.b(i), x + i * ld_x, in1);
+      if (problem.grad_input) multiply(rows, panel.a(0), panel.ld_a, weight_t, dx, ld_x, true);
+      panel.rows += rows;
+    };
+    if (!s.fold_key) through(key_panel, W.key_t);
+    if (!s.fold_value) through(value_panel, W.value_t);
+    if (!problem.grad_input) return;
+    for (int i = 0; i < rows; ++i) copy(problem.grad_input + position(i) * s.input, dx + i * ld_x, s.input);
+  }
+
+  // The products that panels were filled for, if the next step might not fit, or at the end.
+  void sum_up(Gradients<T>& total, bool end) {
+    const auto flush = [&](Panel<T>& panel, auto&& product) {
+      if (!end && panel.rows + most <= panel.capacity) return;
+      product(panel, panel.begun);
+      panel.begun = true;
+      panel.rows = 0;
+    };
+    const auto product = [](T* to, int rows_, int cols, const T* A, int64_t ld_a, const T* B, const Panel<T>& of) {
+      multiply<T, true>(rows_, A, ld_a, in_place(B, of.rows, cols, of.ld_b), to, pad<T>(cols), of.begun);
+    };
+    for (int j = 0; j < n; ++j) {
+      UnitGradients<T>& unit = total.unit[j];
+      if (end || gates_panel[j].rows + most > gates_panel[j].capacity) {
+        Panel<T>& panel = gates_panel[j];
+        product(unit.query, p1, H * s.S(), panel.A, panel.ld_a, query_panel[j].B, query_panel[j]);
+        for (int b = 0; b < num_gate_blocks; ++b)
+          product(unit.gates[b], gate_block[b].rows, gate_block[b].cols, panel.A + gate_block[b].row, panel.ld_a, panel.B + gate_block[b].col, panel);
+        panel.rows = query_panel[j].rows = 0;
+        panel.begun = query_panel[j].begun = true;
+      }
+      flush(project_panel[j], [&](Panel<T>& panel, bool) { product(unit.project, s.projected ? u : 0, p, panel.A, panel.ld_a, panel.B, panel); });
+      flush(talk_panel[j], [&](Panel<T>& panel, bool) { product(unit.talk, p, 2 * s.e() + s.w(), panel.A, panel.ld_a, panel.B, panel); });
+      flush(output_panel[j], [&](Panel<T>& panel, bool) { product(unit.output, s.w(), p, panel.A, panel.ld_a, panel.B, panel); });
+    }
+    flush(key_panel, [&](Panel<T>& panel, bool) { product(total.key, s.fold_key ? 0 : H * s.key, in1, panel.A, panel.ld_a, panel.B, panel); });
+    flush(value_panel, [&](Panel<T>& panel, bool) { product(total.value, s.fold_value ? 0 : H * s.value, in1, panel.A, panel.ld_a, panel.B, panel); });
+  }
+
+  void backward(Gradients<T>& total) {
+    for (int i = 0; i < most; ++i) {
+      const auto begin = [&](T* to, const T* from, int64_t size) { from ? copy(to + i * size, from + batch_row(i) * size, size) : zero(to + i * size, size); };
+      begin(dh, problem.grad_last_h, n * p);
+      if (s.lstm) begin(dc, problem.grad_last_c, n * u);
+    }
+    for (int64_t step = s.steps - 1; step >= 0; --step) {
+      const int64_t t = s.reverse ? s.steps - 1 - step : step;
+      at_step(t);
+      recall(t);
+      if (problem.grad_output)
+        for (int i = 0; i < rows; ++i) add(dh + i * n * p, problem.grad_output + position(i) * n * p, n * p);
+      if (!s.fold_key) zero(key_panel.a(0), int64_t(rows) * key_panel.ld_a);
+      if (!s.fold_value) zero(value_panel.a(0), int64_t(rows) * value_panel.ld_a);
+      communication_backward();
+      dynamics_backward();
+      project_backward();
+      sum_up(total, step == 0);
+    }
+    for (int i = 0; i < most; ++i) {
+      copy(problem.grad_h + batch_row(i) * n * p, dh + i * n * p, n * p);
+      if (s.lstm) copy(problem.grad_c + batch_row(i) * n * u, dc + i * n * u, n * u);
+    }
+  }
+};
+
+}  // namespace RIM_ISA
+}  // namespace rim

@@ -1,0 +1,177 @@
+// Vectors as wide as the instruction set has them, and exp, sigmoid and tanh on them.
+//
+// Included by one translation unit per instruction set, inside a namespace of its own (RIM_ISA). Nothing here or in the
+// headers built on it may call an inline function of the standard library: the linker keeps one copy of those, and it
+// could be the copy that needs AVX-512.
+//
+// Error against float64, over every float32 (tests/test_native.py samples it): exp, sigmoid and tanh within 3 units in the
+// last place in float32, within 4 in float64, as long as the result is a normal number.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "problem.h"
+
+namespace rim {
+namespace RIM_ISA {
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(RIM_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(RIM_VECTOR_BYTES)));
+};
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(RIM_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(RIM_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename Simd<T>::V;
+template <class T>
+using IVec = typename Simd<T>::I;
+template <class T>
+constexpr int WIDTH = RIM_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+constexpr int pad(int size) {
+  return (size + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>;
+}
+
+template <class T>
+RIM_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+RIM_INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+template <class T>
+RIM_INLINE Vec<T> fill(T x) {
+  return x - Vec<T>{};
+}
+
+// The first `left` elements where fewer than a vector are left; the others are zero, and are not written.
+#if RIM_VECTOR_BYTES == 64
+RIM_INLINE __mmask16 mask(int left) { return left >= 16 ? 0xffff : (1u << left) - 1; }
+RIM_INLINE Vec<float> load(const float* p, int left) { return (Vec<float>)_mm512_maskz_loadu_ps(mask(left), p); }
+RIM_INLINE void store(float* p, Vec<float> v, int left) { _mm512_mask_storeu_ps(p, mask(left), (__m512)v); }
+RIM_INLINE Vec<double> load(const double* p, int left) { return (Vec<double>)_mm512_maskz_loadu_pd(mask(left), p); }
+RIM_INLINE void store(double* p, Vec<double> v, int left) { _mm512_mask_storeu_pd(p, mask(left), (__m512d)v); }
+#else
+template <class T>
+RIM_INLINE Vec<T> load(const T* p, int left) {
+  if (left >= WIDTH<T>) return load(p);
+  Vec<T> v{};
+  for (int i = 0; i < left; ++i) v[i] = p[i];
+  return v;
+}
+template <class T>
+RIM_INLINE void store(T* p, Vec<T> v, int left) {
+  if (left >= WIDTH<T>) return store(p, v);
+  for (int i = 0; i < left; ++i) p[i] = v[i];
+}
+#endif
+
+// The sum of the elements, always in the same order.
+template <class T>
+RIM_INLINE T sum(Vec<T> v) {
+  typedef T Quarter __attribute__((vector_size(16)));
+  constexpr int quarters = RIM_VECTOR_BYTES / 16;
+  Quarter q[quarters];
+  memcpy(q, &v, sizeof v);
+  for (int half = quarters / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) q[i] += q[i + half];
+  if constexpr (sizeof(T) == 8)
+    return q[0][0] + q[0][1];
+  else
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+}
+
+template <class T>
+RIM_INLINE T dot(const T* a, const T* b, int size) {
+  Vec<T> total{};
+  for (int i = 0; i < size; i += WIDTH<T>) total += load(a + i, size - i) * load(b + i, size - i);
+  return sum<T>(total);
+}
+template <class T>
+RIM_INLINE void copy(T* to, const T* from, int size) {
+  for (int i = 0; i < size; i += WIDTH<T>) store(to + i, load(from + i, size - i), size - i);
+}
+template <class T>
+RIM_INLINE void zero(T* to, int64_t size) {
+  memset(to, 0, size * sizeof(T));
+}
+// to += scale * from
+template <class T>
+RIM_INLINE void add(T* to, const T* from, int size, T scale = 1) {
+  for (int i = 0; i < size; i += WIDTH<T>)
+    store(to + i, load(to + i, size - i) + scale * load(from + i, size - i), size - i);
+}
+
+// exp(x) - 1 = 2^m (exp(r) - 1) + (2^m - 1) with x = m ln 2 + r and |r| <= ln(2)/2; exp(r) - 1 by its Taylor series.
+// `rest` and `power` are the two factors: exp(x) = power + power * rest.
+template <class T>
+struct Exponent;
+template <>
+struct Exponent<float> {
+  static constexpr float least = -87.0f, most = 88.0f, tanh_most = 10.0f, round = 12582912.0f;  // 1.5 * 2^23
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float series[] = {1.f / 5040, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2};
+};
+template <>
+struct Exponent<double> {
+  static constexpr double least = -708, most = 709, tanh_most = 20, round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double series[] = {1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320,
+                                      1. / 5040,       1. / 720,       1. / 120,      1. / 24,      1. / 6,      1. / 2};
+};
+template <class T>
+RIM_INLINE void exponent(Vec<T> x, Vec<T>& rest, Vec<T>& power) {
+  using E = Exponent<T>;
+  const Vec<T> shifted = x * T(1.4426950408889634) + E::round, m = shifted - E::round;
+  const Vec<T> r = x - m * E::ln2_high - m * E::ln2_low;
+  Vec<T> series = fill<T>(E::series[0]);
+  for (unsigned i = 1; i < sizeof E::series / sizeof(T); ++i) series = series * r + E::series[i];
+  rest = series * r * r + r;
+  IVec<T> bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + E::bias) << E::mantissa;  // the low bits of `shifted` hold m in two's complement
+  memcpy(&power, &bits, sizeof power);
+}
+template <class T>
+RIM_INLINE Vec<T> clamp(Vec<T> x, T least, T most) {  // NaN stays NaN
+  x = x < least ? fill<T>(least) : x;
+  return x > most ? fill<T>(most) : x;
+}
+template <class T>
+RIM_INLINE Vec<T> exp(Vec<T> x) {
+  Vec<T> rest, power;
+  exponent<T>(clamp<T>(x, Exponent<T>::least, Exponent<T>::most), rest, power);
+  return power + power * rest;
+}
+template <class T>
+RIM_INLINE Vec<T> sigmoid(Vec<T> x) {
+  return T(1) / (T(1) + exp<T>(-x));
+}
+// tanh(x) = (e^2x - 1) / (e^2x + 1), which keeps its relative precision near 0.
+template <class T>
+RIM_INLINE Vec<T> tanh(Vec<T> x) {
+  Vec<T> rest, power;
+  exponent<T>(clamp<T>(x, -Exponent<T>::tanh_most, Exponent<T>::tanh_most) * T(2), rest, power);
+  const Vec<T> minus_one = power * rest + (power - T(1));
+  return minus_one / (minus_one + T(2));
+}
+
+}  // namespace RIM_ISA
+}  // namespace rim

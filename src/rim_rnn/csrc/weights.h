@@ -1,0 +1,389 @@
+// The weights in the form the products want them, and their gradients back in the form of the parameters.
+//
+// Two facts make the form. A read is a scalar times a projection of x, so a winner's gates are one product of
+// [h | 1 | a_input * feature] with its weights stacked: W_hh, the biases, and W_ih where the feature is the value. And where
+// x is the smaller, W^v W_ih and W^q W^e are multiplied out, and the feature is [x | 1] itself.
+#pragma once
+
+#include "gemm.h"
+
+namespace rim {
+namespace RIM_ISA {
+
+// Hands out pieces of one allocation. From nullptr it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class P>
+  P* take(int64_t count) {
+    const int64_t offset = (used + 63) / 64 * 64;
+    used = offset + count * int64_t(sizeof(P));
+    return base ? reinterpret_cast<P*>(base + offset) : nullptr;
+  }
+};
+
+// A block of the stacked gate weights: rows of the operand that meet columns of the gates. An LSTM has one; in a GRU the gate n
+// has h and the input apart, n = tanh(W_in x + b_in + r (W_hn h + b_hn)), so columns are r z | n of h | n of the input.
+struct GateBlock {
+  int row, rows, col, cols;
+};
+RIM_INLINE int gate_blocks(const Sizes& s, GateBlock* blocks) {
+  blocks[0] = {0, s.K(), 0, s.gates()};
+  if (s.lstm) return 1;
+  blocks[0].cols = 2 * s.u;
+  blocks[1] = {0, s.p1(), 2 * s.u, s.u};
+  blocks[2] = {s.p, s.K() - s.p, 3 * s.u, s.u};
+  return 3;
+}
+
+// The right operands, and their transposes for backward.
+template <class T>
+struct UnitWeights {
+  Matrix<T> query;     // (p1, heads * S)
+  Matrix<T> gates[3];  // the blocks
+  Matrix<T> project;   // (u, p)
+  Matrix<T> read;      // (p, e + w): keys and values
+  Matrix<T> ask;       // (p, e): queries
+  Matrix<T> output;    // (w, p)
+};
+template <class T>
+struct Weights {
+  Matrix<T> key, value;  // (in1, heads * size), where they are not folded
+  UnitWeights<T>* unit;
+  Matrix<T> key_t, value_t;
+  UnitWeights<T>* unit_t;
+
+  Weights(const Sizes& s, Arena& arena, bool backward) {
+    key = place(arena, s.fold_key ? 0 : s.in1(), s.heads * s.key, false);
+    value = place(arena, s.fold_value ? 0 : s.in1(), s.heads * s.value, false);
+    unit = place_units(s, arena, false);
+    if (!backward) return;
+    key_t = place(arena, s.fold_key ? 0 : s.input, s.heads * s.key, true);
+    value_t = place(arena, s.fold_value ? 0 : s.input, s.heads * s.value, true);
+    unit_t = place_units(s, arena, true);
+  }
+
+ private:
+  static Matrix<T> place(Arena& arena, int inner, int cols, bool transposed) {
+    if (transposed) {
+      const int rows = inner;
+      inner = cols, cols = rows;
+    }
+    return panels<T>(arena.take<T>(packed_size<T>(inner, cols)), inner, cols);
+  }
+  static UnitWeights<T>* place_units(const Sizes& s, Arena& arena, bool t) {
+    UnitWeights<T>* units = arena.take<UnitWeights<T>>(s.n);
+    GateBlock blocks[3];
+    const int count = gate_blocks(s, blocks);
+    for (int j = 0; j < s.n; ++j) {
+      UnitWeights<T> unit;
+      unit.query = place(arena, t ? s.p : s.p1(), s.heads * s.S(), t);  // the 1 has no gradient
+      for (int b = 0; b < count; ++b) unit.gates[b] = place(arena, blocks[b].rows, blocks[b].cols, t);
+      unit.project = place(arena, s.projected ? s.u : 0, s.p, t);
+      unit.read = place(arena, s.p, s.e() + s.w(), t);
+      unit.ask = place(arena, s.p, s.e(), t);
+      unit.output = place(arena, s.w(), s.p, t);
+      if (units) units[j] = unit;
+    }
+    return units;
+  }
+};
+
+// The gradients of the right operands, summed over the rows and steps of one block of the batch. Rows are padded.
+template <class T>
+struct UnitGradients {
+  T *query, *gates[3], *project, *talk, *output;  // talk: (p, e + w + e), keys, values, queries
+};
+template <class T>
+struct Gradients {
+  T *key, *value;  // (heads * size, in1), where they are not folded
+  UnitGradients<T>* unit;
+  Gradients(const Sizes& s, Arena& arena) {
+    unit = arena.take<UnitGradients<T>>(s.n);
+    key = arena.take<T>(s.fold_key ? 0 : int64_t(s.heads) * s.key * pad<T>(s.in1()));
+    value = arena.take<T>(s.fold_value ? 0 : int64_t(s.heads) * s.value * pad<T>(s.in1()));
+    GateBlock blocks[3];
+    const int count = gate_blocks(s, blocks);
+    for (int j = 0; j < s.n; ++j) {
+      UnitGradients<T> g;
+      g.query = arena.take<T>(int64_t(s.p1()) * pad<T>(s.heads * s.S()));
+      for (int b = 0; b < count; ++b) g.gates[b] = arena.take<T>(int64_t(blocks[b].rows) * pad<T>(blocks[b].cols));
+      g.project = arena.take<T>(s.projected ? int64_t(s.u) * pad<T>(s.p) : 0);
+      g.talk = arena.take<T>(int64_t(s.p) * pad<T>(2 * s.e() + s.w()));
+      g.output = arena.take<T>(int64_t(s.w()) * pad<T>(s.p));
+      if (unit) unit[j] = g;
+    }
+  }
+};
+
+// What lies between parameters and right operands, for one unit.
+template <class T>
+struct Dense {
+  int ld_query, ld_gates;
+  T *query, *gates;         // (p1, heads * S), (K, 4u)
+  T *key, *value;           // [W^e | b^e] and [W^v | b^v], (heads * size, in1); in finish, the unit's share of their gradients
+  T *packed, *result;       // temporaries
+  T *talk, *sum;            // (p, e + w + e): keys, values and queries beside each other; one row of key or value
+
+  Dense(const Sizes& s, Arena& arena) {
+    const int in1 = s.in1(), gates_ = s.weight_gates();
+    ld_query = pad<T>(s.heads * s.S()) + WIDTH<T>, ld_gates = pad<T>(s.gates()) + WIDTH<T>;
+    query = arena.take<T>(int64_t(s.p1()) * ld_query);
+    gates = arena.take<T>(int64_t(s.K()) * ld_gates);
+    key = arena.take<T>(int64_t(s.heads) * s.key * in1 + WIDTH<T>);
+    value = arena.take<T>(int64_t(s.heads) * s.value * in1 + WIDTH<T>);
+    packed = arena.take<T>(most(packed_size<T>(s.value, gates_), packed_size<T>(in1, s.key), packed_size<T>(gates_, in1)) +
+                           2 * int64_t(s.value) * WIDTH<T>);
+    result = arena.take<T>(most(int64_t(s.p1()) * pad<T>(s.key), int64_t(s.value) * pad<T>(gates_),
+                                int64_t(s.value > s.key ? s.value : s.key) * pad<T>(in1)));
+    talk = arena.take<T>(int64_t(s.p) * (2 * s.e() + s.w()));
+    sum = arena.take<T>(in1);
+  }
+
+ private:
+  static int64_t most(int64_t a, int64_t b, int64_t c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
+};
+
+// Columns of weight_ih, and where they are among the gates: an LSTM's are where they were, a GRU's n moves behind W_hn h.
+struct Columns {
+  int from, to, count;
+};
+RIM_INLINE int input_columns(const Sizes& s, Columns* columns) {
+  columns[0] = {0, 0, s.gates()};
+  if (s.lstm) return 1;
+  columns[0].count = 2 * s.u;
+  columns[1] = {2 * s.u, 3 * s.u, s.u};
+  return 2;
+}
+
+// [weight | bias], (rows, input) and (rows,) -> (rows, input + 1)
+template <class T>
+void append_bias(T* to, const T* weight, const T* bias, int rows, int input) {
+  for (int r = 0; r < rows; ++r, to += input + !!bias) {
+    copy(to, weight + int64_t(r) * input, input);
+    if (bias) to[input] = bias[r];
+  }
+}
+
+// Tasks 0 to n - 1: the operands of a unit. Task n: key and value.
+template <class T>
+void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>& dense, int task, bool backward) {
+  const Sizes& s = problem.s;
+  const Parameters<const T>& P = problem.weight;
+  const int d_q = s.heads * s.key, d_v = s.heads * s.value, in1 = s.in1();
+  if (task == s.n) {
+    if (!s.fold_key) {
+      pack(W.key, 0, s.input, P.key, 1, s.input);
+      if (s.bias) pack(W.key, s.input, 1, P.key_bias, 0, 1);
+      if (backward) pack(W.key_t, 0, d_q, P.key, s.input, 1);
+    }
+    if (!s.fold_value) {
+      pack(W.value, 0, s.input, P.value, 1, s.input);
+      if (s.bias) pack(W.value, s.input, 1, P.value_bias, 0, 1);
+      if (backward) pack(W.value_t, 0, d_v, P.value, s.input, 1);
+    }
+    return;
+  }
+  const int64_t j = task;
+  UnitWeights<T>& unit = W.unit[j];
+
+  // Query: W^q and its bias, or both times [W^e | b^e].
+  const T* query = P.query + j * s.p * d_q;
+  const T* query_bias = s.bias ? P.query_bias + j * d_q : nullptr;
+  if (s.fold_key) {
+    append_bias(dense.key, P.key, P.key_bias, d_q, s.input);
+    for (int head = 0; head < s.heads; ++head) {
+      const Matrix<T> key = in_place(dense.key + int64_t(head) * s.key * in1, s.key, in1, in1);
+      T* to = dense.query + head * in1;
+      multiply(s.p, query + head * s.key, d_q, key, to, dense.ld_query);
+      if (s.bias) multiply(1, query_bias + head * s.key, d_q, key, to + int64_t(s.p) * dense.ld_query, dense.ld_query);
+    }
+  } else {
+    for (int r = 0; r < s.p; ++r) copy(dense.query + int64_t(r) * dense.ld_query, query + int64_t(r) * d_q, d_q);
+    if (s.bias) copy(dense.query + int64_t(s.p) * dense.ld_query, query_bias, d_q);
+  }
+  pack(unit.query, 0, s.p1(), dense.query, dense.ld_query, 1);
+  if (backward) pack(W.unit_t[j].query, 0, s.heads * s.S(), dense.query, 1, dense.ld_query);
+
+  // Gates: W_hh, the biases, then W_ih, or W_ih times [W^v | b^v].
+  const int gates = s.weight_gates();
+  const int64_t ld = dense.ld_gates;
+  for (int r = 0; r < s.p; ++r) copy(dense.gates + r * ld, P.weight_hh + (j * s.p + r) * gates, gates);
+  Columns columns[2];
+  const int groups = input_columns(s, columns);
+  if (s.bias) {
+    T* row = dense.gates + s.p * ld;
+    copy(row, P.bias_hh + j * gates, gates);
+    if (!s.lstm) zero(row + 3 * s.u, s.u);
+    for (int g = 0; g < groups; ++g) add(row + columns[g].to, P.bias_ih + j * gates + columns[g].from, columns[g].count);
+  }
+  const T* weight_ih = P.weight_ih + j * d_v * gates;
+  if (s.fold_value) append_bias(dense.value, P.value, P.value_bias, d_v, s.input);
+  for (int head = 0; head < s.heads; ++head) {
+    T* rows = dense.gates + (s.p1() + int64_t(head) * s.F()) * ld;
+    for (int g = 0; g < groups; ++g) {
+      const Columns& c = columns[g];
+      const T* from = weight_ih + int64_t(head) * s.value * gates + c.from;
+      if (s.fold_value) {
+        const Matrix<T> part = panels(dense.packed, s.value, c.count);
+        pack(part, 0, s.value, from, gates, 1);
+        multiply<T, true>(in1, dense.value + int64_t(head) * s.value * in1, in1, part, rows + c.to, ld);
+      } else {
+        for (int r = 0; r < s.value; ++r) copy(rows + r * ld + c.to, from + int64_t(r) * gates, c.count);
+      }
+    }
+  }
+  GateBlock blocks[3];
+  const int count = gate_blocks(s, blocks);
+  for (int b = 0; b < count; ++b) {
+    const T* from = dense.gates + blocks[b].row * ld + blocks[b].col;
+    pack(unit.gates[b], 0, blocks[b].rows, from, ld, 1);
+    if (backward) pack(W.unit_t[j].gates[b], 0, blocks[b].cols, from, 1, ld);
+  }
+
+  if (s.projected) {
+    const T* from = P.weight_hr + j * s.u * s.p;
+    pack(unit.project, 0, s.u, from, s.p, 1);
+    if (backward) pack(W.unit_t[j].project, 0, s.p, from, 1, s.p);
+  }
+  if (s.comm_heads) {
+    const int e = s.e(), w = s.w();
+    const T *ask = P.comm_query + j * s.p * e, *key = P.comm_key + j * s.p * e;
+    const T *value = P.comm_value + j * s.p * w, *output = P.comm_output + j * w * s.p;
+    for (int r = 0; r < s.p; ++r) {  // [key | value] beside each other, in the temporary
+      copy(dense.talk + int64_t(r) * (e + w), key + int64_t(r) * e, e);
+      copy(dense.talk + int64_t(r) * (e + w) + e, value + int64_t(r) * w, w);
+    }
+    pack(unit.read, 0, s.p, dense.talk, e + w, 1);
+    pack(unit.ask, 0, s.p, ask, e, 1);
+    pack(unit.output, 0, w, output, s.p, 1);
+    if (backward) {
+      pack(W.unit_t[j].read, 0, e + w, dense.talk, 1, e + w);
+      pack(W.unit_t[j].ask, 0, e, ask, 1, e);
+      pack(W.unit_t[j].output, 0, s.p, output, 1, s.p);
+    }
+  }
+}
+
+// Gradients of all blocks, summed in the order of the blocks, to gradients of the parameters: prepare mirrored.
+// Tasks 0 to n - 1, then task n, which needs what they left in `dense`.
+template <class T>
+void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dense<T>* dense_of_units, int task) {
+  const Sizes& s = problem.s;
+  const Parameters<const T>& P = problem.weight;
+  const Parameters<T>& G = problem.grad;
+  const int d_q = s.heads * s.key, d_v = s.heads * s.value, in1 = s.in1();
+  const auto total = [&](T* to, auto&& which, int rows, int cols, int64_t ld) {  // over the blocks of the batch
+    for (int r = 0; r < rows; ++r) {
+      copy(to + r * ld, which(blocks_of_batch[0]) + int64_t(r) * pad<T>(cols), cols);
+      for (int b = 1; b < s.blocks; ++b) add(to + r * ld, which(blocks_of_batch[b]) + int64_t(r) * pad<T>(cols), cols);
+    }
+  };
+  if (task == s.n) {
+    const auto shared = [&](T* weight, T* bias, bool folded, auto&& of_block, auto&& of_unit, int rows) {
+      T* sum = dense_of_units[0].sum;
+      for (int64_t r = 0; r < rows; ++r) {
+        zero(sum, in1);
+        if (folded)
+          for (int j = 0; j < s.n; ++j) add(sum, of_unit(dense_of_units[j]) + r * in1, in1);
+        else
+          for (int b = 0; b < s.blocks; ++b) add(sum, of_block(blocks_of_batch[b]) + r * pad<T>(in1), in1);
+        copy(weight + r * s.input, sum, s.input);
+        if (bias) bias[r] = sum[s.input];
+      }
+    };
+    shared(G.key, G.key_bias, s.fold_key, [](const Gradients<T>& g) { return g.key; }, [](const Dense<T>& d) { return d.key; }, d_q);
+    shared(G.value, G.value_bias, s.fold_value, [](const Gradients<T>& g) { return g.value; }, [](const Dense<T>& d) { return d.value; }, d_v);
+    return;
+  }
+  const int64_t j = task;
+  Dense<T>& dense = dense_of_units[j];
+
+  // Query.
+  total(dense.query, [&](const Gradients<T>& g) { return g.unit[j].query; }, s.p1(), s.heads * s.S(), dense.ld_query);
+  T* query = G.query + j * s.p * d_q;
+  T* query_bias = s.bias ? G.query_bias + j * d_q : nullptr;
+  if (s.fold_key) append_bias(dense.key, P.key, P.key_bias, d_q, s.input);
+  for (int head = 0; head < s.heads; ++head) {
+    const T* from = dense.query + head * s.S();
+    int64_t ld = dense.ld_query;
+    T* key = dense.key + int64_t(head) * s.key * in1;
+    const Matrix<T> folded = in_place(from, s.p, in1, ld);
+    if (s.fold_key) {
+      const Matrix<T> key_t = panels(dense.packed, in1, s.key);
+      pack(key_t, 0, in1, key, 1, in1);
+      multiply(s.p1(), from, ld, key_t, dense.result, pad<T>(s.key));
+      from = dense.result, ld = pad<T>(s.key);
+    }
+    for (int r = 0; r < s.p; ++r) copy(query + int64_t(r) * d_q + head * s.key, from + r * ld, s.key);
+    if (s.bias) copy(query_bias + head * s.key, from + s.p * ld, s.key);
+    if (s.fold_key) {  // the unit's share of the gradient of [W^e | b^e]
+      const int64_t ld_key = pad<T>(in1);
+      multiply<T, true>(s.key, P.query + j * s.p * d_q + head * s.key, d_q, folded, dense.result, ld_key);
+      for (int r = 0; r < s.key; ++r) {
+        copy(key + int64_t(r) * in1, dense.result + r * ld_key, in1);
+        if (s.bias) add(key + int64_t(r) * in1, folded.data + int64_t(s.p) * dense.ld_query, in1, P.query_bias[j * d_q + head * s.key + r]);
+      }
+    }
+  }
+
+  // Gates.
+  const int gates = s.weight_gates();
+  const int64_t ld = dense.ld_gates;
+  GateBlock blocks[3];
+  const int count = gate_blocks(s, blocks);
+  for (int b = 0; b < count; ++b)
+    total(dense.gates + blocks[b].row * ld + blocks[b].col, [&](const Gradients<T>& g) { return g.unit[j].gates[b]; },
+          blocks[b].rows, blocks[b].cols, ld);
+  for (int r = 0; r < s.p; ++r) copy(G.weight_hh + (j * s.p + r) * gates, dense.gates + r * ld, gates);
+  Columns columns[2];
+  const int groups = input_columns(s, columns);
+  if (s.bias) {
+    copy(G.bias_hh + j * gates, dense.gates + s.p * ld, gates);
+    for (int g = 0; g < groups; ++g)
+      copy(G.bias_ih + j * gates + columns[g].from, dense.gates + s.p * ld + columns[g].to, columns[g].count);
+  }
+  const T* weight_ih = P.weight_ih + j * d_v * gates;
+  T* grad_ih = G.weight_ih + j * d_v * gates;
+  if (s.fold_value) append_bias(dense.value, P.value, P.value_bias, d_v, s.input);
+  for (int head = 0; head < s.heads; ++head) {
+    const T* rows = dense.gates + (s.p1() + int64_t(head) * s.F()) * ld;
+    T* value = dense.value + int64_t(head) * s.value * in1;
+    const int64_t first = int64_t(head) * s.value * gates;
+    for (int g = 0; g < groups; ++g) {
+      const Columns& c = columns[g];
+      const T* from = rows + c.to;
+      int64_t ld_from = ld;
+      if (s.fold_value) {
+        ld_from = pad<T>(c.count);
+        multiply(s.value, value, in1, in_place(from, in1, c.count, ld), dense.result, ld_from);
+        from = dense.result;
+      }
+      for (int r = 0; r < s.value; ++r) copy(grad_ih + first + int64_t(r) * gates + c.from, from + r * ld_from, c.count);
+    }
+    if (s.fold_value) {  // the unit's share of the gradient of [W^v | b^v]
+      const Matrix<T> folded_t = panels(dense.packed, gates, in1);
+      for (int g = 0; g < groups; ++g) pack(folded_t, columns[g].from, columns[g].count, rows + columns[g].to, 1, ld);
+      multiply(s.value, weight_ih + first, gates, folded_t, dense.result, pad<T>(in1));
+      for (int r = 0; r < s.value; ++r) copy(value + int64_t(r) * in1, dense.result + int64_t(r) * pad<T>(in1), in1);
+    }
+  }
+
+  if (s.projected)
+    total(G.weight_hr + j * s.u * s.p, [&](const Gradients<T>& g) { return g.unit[j].project; }, s.u, s.p, s.p);
+  if (s.comm_heads) {
+    const int e = s.e(), w = s.w(), talk = 2 * e + w;
+    total(dense.talk, [&](const Gradients<T>& g) { return g.unit[j].talk; }, s.p, talk, talk);
+    for (int64_t r = 0; r < s.p; ++r) {
+      const T* from = dense.talk + r * talk;
+      copy(G.comm_key + (j * s.p + r) * e, from, e);
+      copy(G.comm_value + (j * s.p + r) * w, from + e, w);
+      copy(G.comm_query + (j * s.p + r) * e, from + e + w, e);
+    }
+    total(G.comm_output + j * w * s.p, [&](const Gradients<T>& g) { return g.unit[j].output; }, w, s.p, s.p);
+  }
+}
+
+}  // namespace RIM_ISA
+}  // namespace rim
