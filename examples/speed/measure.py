@@ -1,0 +1,279 @@
+"""RIM beside the nn.LSTM (or nn.GRU) of the same sizes, in one process, taking turns.
+
+python examples/speed/measure.py                      # everything, some eight minutes
+python examples/speed/measure.py cases --cases paper  # one section, one case: the rest of the JSON stays as it is
+python examples/speed/measure.py --rival PATH         # also beside the first public implementation, cloned to PATH
+
+The sections:
+
+cases    forward alone (no_grad) and forward with backward, each case of cases.py; and the floor, the arithmetic that the case
+         needs over the rate of a large matrix product, measured in the same rounds
+scaling  the same as steps, batch, hidden size, units and active units double
+memory   peak memory of a training step as the number of steps doubles, each in a process of its own
+rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
+
+Writes PATH.json (native.json or readable.json) in the folder --out after every measurement, the two pictures at the end.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import runpy
+import subprocess
+import sys
+import timeit
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import show
+import torch
+from cases import BASE, CASES, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
+
+import rim_rnn
+
+HERE = Path(__file__).parent
+SECTIONS = ("cases", "scaling", "memory", "rival")
+WAYS = ("forward", "train")
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(SECTIONS)}; all if none is given")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of the section cases; default: all")
+    parser.add_argument("--rounds", type=int, default=11, help="turns that each layer takes; default: 11")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+    parser.add_argument("--path", choices=("native", "readable"), help="which path of ours; default: what the package chooses")
+    parser.add_argument("--rival", type=Path, help="a clone of dido1998/Recurrent-Independent-Mechanisms")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON; default: results")
+    parser.add_argument("--resume", action="store_true", help="leave out what the JSON already holds of this commit")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing repeated: shows that everything runs")
+    args = parser.parse_args(argv)
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if args.rounds < 1 or args.threads < 1:
+        parser.error("--rounds and --threads should be at least 1")
+    if "rival" in args.sections and args.rival is None:
+        parser.error("the section rival needs --rival PATH")
+    if args.rival is not None and not (args.rival / "RIM.py").is_file():
+        parser.error(f"--rival {args.rival}: no RIM.py there")
+    return args
+
+
+def take_turns(contestants: dict[str, Callable[[], None]], rounds: int, least: float) -> dict[str, list[float]]:
+    """Seconds per call, one figure per round. A figure is the mean of as many calls as take `least` seconds.
+
+    Every round times each contestant once; every other round goes through them backwards, so that nobody always comes first.
+    """
+    timers = {name: timeit.Timer(call) for name, call in contestants.items()}
+    repeats = {}
+    for name, timer in timers.items():
+        timer.timeit(1)  # warm-up
+        number = 1
+        while (seconds := timer.timeit(number)) < least:
+            number = max(number + 1, math.ceil(1.1 * number * least / seconds))
+        repeats[name] = number
+    seconds_of: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name in list(contestants)[:: -1 if turn % 2 else 1]:
+            seconds_of[name].append(float(f"{timers[name].timeit(repeats[name]) / repeats[name]:.5g}"))
+    return seconds_of
+
+
+def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """One case, both ways, RIM and torch's layer and a large matrix product in turns."""
+    torch.manual_seed(0)
+    data = Data(case)
+    contestants = {}
+    for name in ("RIM", "torch"):
+        layer = build(name, case)
+        for way, call in calls(layer, list(layer.parameters()), data).items():
+            contestants[f"{name} {way}"] = call
+    size = 32 if args.smoke else 1024
+    a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    contestants["product"] = lambda: torch.mm(a, b, out=c)
+    seconds = take_turns(contestants, args.rounds, args.least)
+    return {
+        "case": dataclasses.asdict(case),
+        "sizes": str(case),
+        "seconds": {way: {name: seconds[f"{name} {way}"] for name in ("RIM", "torch")} for way in WAYS},
+        "flops": {
+            way: {
+                "RIM": flops("RIM", case, way == "train"),
+                "RIM, winners only": flops("RIM", case, way == "train", winners_only=True),
+                "torch": flops("torch", case, way == "train"),
+            }
+            for way in WAYS
+        },
+        "product": {"flops": 2 * size**3, "seconds": seconds["product"]},
+    }
+
+
+def compare_memory(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of a training step of RIM and of torch's layer, in bytes."""
+    sizes = json.dumps(dataclasses.asdict(case))
+    command = [sys.executable, str(HERE / "peak.py")]
+    return {
+        "case": dataclasses.asdict(case),
+        "sizes": str(case),
+        "bytes": {
+            name: int(subprocess.check_output([*command, name, sizes, str(args.threads)], text=True))
+            for name in ("RIM", "torch")
+        },
+    }
+
+
+def compare_rival(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The first public implementation, our layer as it comes, and our layer with the value size that the other one imposes."""
+    torch.manual_seed(0)
+    data = Data(case)
+    ours = build("RIM", case)
+    cell = ours.cells[0]
+    n, unit = cell.num_units, cell.hidden_size // cell.num_units
+    equal = build("RIM", dataclasses.replace(case, value_size_comm=unit))
+    theirs = runpy.run_path(str(args.rival / "RIM.py"))["RIM"](  # hidden_size is that of one unit
+        "cpu",
+        case.input_size,
+        unit,
+        n,
+        cell.k,
+        "LSTM",
+        1,
+        False,
+        input_value_size=4 * unit,
+        input_dropout=0.0,
+        comm_dropout=0.0,
+    )
+    first = torch.zeros(1, case.batch, case.hidden_size)  # else it draws a random one
+    contestants = {}
+    layers = {"RIM": ours, "RIM, equal sizes": equal, "rival": lambda x: theirs(x, first, first)}
+    for name, layer in layers.items():
+        module = theirs if name == "rival" else layer
+        for way, call in calls(layer, list(module.parameters()), data).items():
+            contestants[f"{name} {way}"] = call
+    seconds = take_turns(contestants, args.rounds, args.least)
+    return {
+        "case": dataclasses.asdict(case),
+        "sizes": str(case),
+        "seconds": {way: {name: seconds[f"{name} {way}"] for name in layers} for way in WAYS},
+    }
+
+
+def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, Case, Callable[[Case, argparse.Namespace], dict[str, Any]]]]:
+    """What is to be measured: the section, the name in it, the case, and how."""
+    sections = args.sections or [s for s in SECTIONS if s != "rival" or args.rival]
+    if "cases" in sections:
+        yield from (("cases", name, CASES[name], compare) for name in args.cases)
+    if "scaling" in sections:
+        for field, values in SCALING.items():
+            yield from (("scaling", f"{field}={v}", dataclasses.replace(BASE, **{field: v}), compare) for v in values)
+    if "memory" in sections:
+        for field, values in MEMORY.items():
+            yield from (("memory", f"{field}={v}", dataclasses.replace(PAPER, **{field: v}), compare_memory) for v in values)
+    if "rival" in sections:
+        yield "rival", "paper", PAPER, compare_rival
+
+
+def git(*command: str) -> str | None:
+    """What git says about the measured package's source, `None` where it is not under version control."""
+    folder = Path(rim_rnn.__file__).parent
+    result = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def commit() -> str | None:
+    """The commit of the package that is measured; `+` where its files differ from it."""
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return f"{git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', '.') else ''}"
+
+
+def cpu() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def choose_path(asked: str | None) -> str:
+    """Make `asked` the path that RIM takes from now on, here and in processes started from here; say which one it is."""
+    if asked is not None:
+        os.environ["RIM_RNN_NATIVE"] = "1" if asked == "native" else "0"
+    return asked or "readable"
+
+
+def setup(args: argparse.Namespace) -> dict[str, Any]:
+    """What all figures of one JSON share."""
+    return {
+        "path": args.path,
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": args.threads,
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "smoke": args.smoke,
+    }
+
+
+def this_run(argv: list[str]) -> dict[str, Any]:
+    """What the figures of one command share."""
+    return {
+        "command": " ".join(["python examples/speed/measure.py", *argv]),
+        "commit": commit(),
+        "version": rim_rnn.__version__,
+        "load": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Replace the file in one go: whoever reads it, or is cut off, finds the old figures or the new ones."""
+    used = {entry["run"] for section in SECTIONS for entry in document.get(section, {}).values()}
+    document = {**document, "runs": {run: about for run, about in document["runs"].items() if run in used}}
+    partial = path.with_suffix(".partial")
+    partial.write_text(show.dump(document))
+    partial.replace(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = arguments(argv)
+    args.path = choose_path(args.path)
+    args.least = 0.0 if args.smoke else 0.05
+    args.rounds = 1 if args.smoke else args.rounds
+    torch.set_num_threads(args.threads)
+
+    path = args.out / f"{args.path}.json"
+    document: dict[str, Any] = {"setup": setup(args), "runs": {}}
+    if path.exists():
+        document = json.loads(path.read_text())
+        if differing := [name for name, value in setup(args).items() if document["setup"].get(name) != value]:
+            sys.exit(
+                f"{path} holds figures of another machine or setup ({', '.join(differing)}): give another folder with --out"
+            )
+    args.out.mkdir(parents=True, exist_ok=True)
+    now, about = datetime.now(timezone.utc).isoformat(timespec="seconds"), this_run(argv)
+    document["runs"][now] = about
+    for section, name, case, measure in plan(args):
+        entries = document.setdefault(section, {})
+        if args.resume and name in entries and document["runs"][entries[name]["run"]]["commit"] == about["commit"]:
+            continue
+        entries[name] = {"run": now, **measure(shrink(case) if args.smoke else case, args)}
+        write(path, document)
+        print(f"{section} {name}: {show.line(entries[name])}", flush=True)
+    print()
+    print(show.text(document))
+    for picture in show.draw(document, args.out / args.path):
+        print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    main()

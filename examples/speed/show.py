@@ -1,0 +1,320 @@
+"""What measure.py has measured: as text, as the Markdown table of README and documentation, as two pictures.
+
+python examples/speed/show.py results/native.json                     # print the text, draw the pictures
+python examples/speed/show.py results/native.json --write README.md   # put the table between README's two marks
+python examples/speed/show.py results/native.json --check README.md   # fail unless the table there is this one
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+plt.switch_backend("Agg")  # needs no display
+
+Entry = dict[str, Any]
+WAYS = {"forward": "forward", "train": "forward + backward"}
+SCALED = {"steps": "steps T", "batch": "batch N", "hidden_size": "hidden size", "num_units": "units", "k": "active units k"}
+BEGIN, END = "<!-- speed: written by examples/speed/show.py -->", "<!-- speed: end -->"
+
+INK, FAINT, GRID = "#22252a", "#8b9098", "#e3e5e8"
+COLOUR = {"forward": "#7fb2d9", "train": "#1f5f99", "RIM": "#1f5f99", "torch": "#d9822b"}
+STYLE = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "savefig.bbox": "tight",
+}
+
+
+def ratios(entry: Entry, way: str, over: str = "torch", under: str = "RIM") -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of the rounds' ratios, by default torch's time over ours."""
+    seconds = entry["seconds"][way]
+    low, middle, high = np.percentile(np.divide(seconds[over], seconds[under]), [25, 50, 75])
+    return float(low), float(middle), float(high)
+
+
+def milliseconds(entry: Entry, way: str, name: str) -> float:
+    """The median of the rounds."""
+    return float(1e3 * np.median(entry["seconds"][way][name]))
+
+
+def rate(entry: Entry) -> float:
+    """Floating-point operations per second of the large matrix product, in the median round."""
+    return float(entry["product"]["flops"] / np.median(entry["product"]["seconds"]))
+
+
+def floor(entry: Entry, way: str, name: str = "RIM") -> float:
+    """Milliseconds that the arithmetic would take at that rate."""
+    return 1e3 * entry["flops"][way][name] / rate(entry)
+
+
+def figure(value: float) -> str:
+    """Three digits that count, without an exponent."""
+    return f"{value:,.{max(0, 2 - int(np.floor(np.log10(value))))}f}" if value > 0 else "0"
+
+
+def layer_name(entry: Entry) -> str:
+    return f"nn.{entry['case']['rnn_cell']}"
+
+
+def line(entry: Entry) -> str:
+    """One entry in a line, as it is printed while measuring."""
+    if "bytes" in entry:
+        ours, torchs = (entry["bytes"][name] / 2**20 for name in ("RIM", "torch"))
+        return f"peak memory RIM {figure(ours)} MiB, {layer_name(entry)} {figure(torchs)} MiB"
+    over = "rival" if "rival" in entry["seconds"]["forward"] else "torch"
+    return ", ".join(f"{way} {figure(ratios(entry, way, over)[1])}" for way in WAYS)
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Rows of text, the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def text(document: Entry) -> str:
+    """Everything, as it is printed at the end."""
+    parts = [origin(document)]
+    if cases := document.get("cases"):
+        rows = [["case", "way", "RIM ms", "torch ms", "torch/RIM", "quartiles", "floor ms", "RIM/floor", "winners' floor ms"]]
+        for name, entry in cases.items():
+            for way in WAYS:
+                low, middle, high = ratios(entry, way)
+                ours, least = milliseconds(entry, way, "RIM"), floor(entry, way)
+                rows.append([name, way, figure(ours), figure(milliseconds(entry, way, "torch")), f"{middle:.2f}"])
+                rows[-1] += [f"{low:.2f} to {high:.2f}", figure(least), f"{ours / least:.1f}"]
+                rows[-1] += [figure(floor(entry, way, "RIM, winners only"))]
+        measured = [rate(entry) / 1e9 for entry in cases.values()]
+        parts += [
+            columns(rows),
+            f"floor: arithmetic over the rate of a large product, {min(measured):.0f} to {max(measured):.0f} GFLOP/s",
+        ]
+    if scaling := document.get("scaling"):
+        rows = [["size", *(f"{way} {name} ms" for way in WAYS for name in ("RIM", "torch"))]]
+        for size, entry in scaling.items():
+            rows.append([size, *(figure(milliseconds(entry, way, name)) for way in WAYS for name in ("RIM", "torch"))])
+        parts.append(columns(rows))
+    if memory := document.get("memory"):
+        rows = [["peak memory, training", "RIM MiB", "torch MiB", "RIM/torch"]]
+        for size, entry in memory.items():
+            ours, torchs = (entry["bytes"][name] / 2**20 for name in ("RIM", "torch"))
+            rows.append([size, figure(ours), figure(torchs), f"{ours / torchs:.2f}" if torchs else ""])
+        parts.append(columns(rows))
+    for entry in document.get("rival", {}).values():
+        rows = [["first public implementation", "its ms", "/RIM", "/RIM of equal sizes"]]
+        for way in WAYS:
+            both = [ratios(entry, way, "rival", name)[1] for name in ("RIM", "RIM, equal sizes")]
+            rows.append([way, figure(milliseconds(entry, way, "rival")), *(f"{ratio:.1f}" for ratio in both)])
+        parts.append(columns(rows))
+    return "\n\n".join(parts)
+
+
+def origin(document: Entry) -> str:
+    """Where the figures come from, in two sentences."""
+    about, runs = document["setup"], document["runs"].values()
+    commits = ", ".join(sorted({run["commit"] or "not under version control" for run in runs}))
+    versions = ", ".join(sorted({run["version"] for run in runs}))
+    days = sorted({run[:10] for run in document["runs"]})
+    return (
+        f"{'SMOKE TEST, no figures. ' if about['smoke'] else ''}{about['cpu']}, {about['threads']} of {about['cores']} cores "
+        f"({about['instructions']}), {about['system']}, {about['dtype']}, torch {about['torch']}, Python {about['python']}. "
+        f"rim-rnn {versions} ({about['path']} path), commit {commits}, {' to '.join(sorted({days[0], days[-1]}))}."
+    )
+
+
+def markdown(document: Entry) -> str:
+    """The table of README and documentation, with its origin below."""
+    rows = [["case", "sizes", "forward", "", "forward + backward", ""], ["---", "---", *["---:"] * 4]]
+    cases = document["cases"]
+    for name, entry in cases.items():
+        row = [name, entry["sizes"]]
+        for way in WAYS:
+            low, middle, high = ratios(entry, way)
+            row += [f"{figure(milliseconds(entry, way, 'RIM'))} ms", f"**{middle:.2f}** ({low:.2f} to {high:.2f})"]
+        rows.append(row)
+    rounds = sorted({len(entry["seconds"]["forward"]["RIM"]) for entry in cases.values()})
+    below = [
+        "Milliseconds of `RIM`, and in bold how many times as long `nn.LSTM` (for `gru`: `nn.GRU`) of the same sizes takes: "
+        f"median of {' to '.join(map(str, sorted({rounds[0], rounds[-1]})))} rounds in turns, with quartiles. "
+        + origin(document)
+    ]
+    if memory := document.get("memory"):
+        entry = list(memory.values())[-1]
+        ours, torchs = (entry["bytes"][which] / 2**20 for which in ("RIM", "torch"))
+        below.append(
+            f"A training step of {entry['sizes']} needs {figure(ours)} MiB at its peak, "
+            f"with `{layer_name(entry)}` {figure(torchs)} MiB."
+        )
+    for entry in document.get("rival", {}).values():
+        low, high = (ratios(entry, way, "rival")[1] for way in WAYS)
+        below.append(
+            "The first public implementation (dido1998/Recurrent-Independent-Mechanisms) takes "
+            f"{low:.1f} times as long as `RIM` forward and {high:.1f} times forward + backward, at {entry['sizes']}."
+        )
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    commands = sorted({run["command"] for run in document["runs"].values()})
+    return "\n\n".join([table, *below, "\n".join(f"    {command}" for command in commands)])
+
+
+def put(page: str, table: str) -> str:
+    """`page` with `table` between its two marks."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"expected one line {BEGIN} and after it one line {END}")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def draw_ratios(document: Entry, path: Path) -> None:
+    """How many times as fast as torch's layer, each case and both ways."""
+    cases = document["cases"]
+    places = np.arange(len(cases))[::-1]
+    with plt.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(8, 0.9 + 0.56 * len(cases)))
+        for offset, (way, label) in zip((0.19, -0.19), WAYS.items(), strict=True):
+            low, middle, high = np.array([ratios(entry, way) for entry in cases.values()]).T
+            y = places + offset
+            ax.barh(y, middle - 1, 0.36, left=1, color=COLOUR[way], label=label)
+            ax.hlines(y, low, high, color=INK, linewidth=1)
+            for place, value, end in zip(y, middle, np.where(middle < 1, low, high), strict=True):
+                inward = value < 1
+                ax.annotate(
+                    f"{value:.2f}",
+                    (end, place),
+                    (-4 if inward else 4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    ha="right" if inward else "left",
+                    fontsize=8.5,
+                )
+        ax.axvline(1, color=INK, linewidth=1)
+        ax.set_xscale("log", base=2)
+        least, most = ax.get_xlim()
+        ax.set_xlim(min(least, 0.5) / 1.25, max(most, 2) * 1.25)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.xaxis.grid(True)
+        ax.set_yticks(places, [f"{name}\n" for name in cases], fontweight="bold")
+        for place, entry in zip(places, cases.values(), strict=True):
+            ax.annotate(
+                entry["sizes"],
+                (0, place),
+                (-6, -6),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                va="center",
+                ha="right",
+                fontsize=7.5,
+                color=FAINT,
+            )
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.set_title("Time of nn.LSTM (gru: nn.GRU) / time of RIM", pad=24)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1)
+        ax.set_xlabel("slower than nn.LSTM  ←  1  →  faster")
+        fig.savefig(path)
+        plt.close(fig)
+
+
+def draw_scaling(document: Entry, path: Path) -> None:
+    """Time as each size doubles, and peak memory as the number of steps does; both axes logarithmic."""
+    panels = [(field, [(k, e) for k, e in document.get("scaling", {}).items() if k.split("=")[0] == field]) for field in SCALED]
+    panels = [(field, points) for field, points in panels if points]
+    memory = document.get("memory", {})
+    count = len(panels) + bool(memory)
+    with plt.rc_context(STYLE):
+        rows, across = -(-count // 3), min(count, 3)
+        fig, axes = plt.subplots(rows, across, figsize=(3.6 * across, 3.2 * rows), squeeze=False, layout="constrained")
+        for ax in axes.flat[count:]:
+            ax.set_visible(False)
+        for ax, (field, points) in zip(axes.flat, panels, strict=False):
+            x = [int(key.split("=")[1]) for key, _ in points]
+            for name, label in (("RIM", "RIM"), ("torch", "nn.LSTM")):
+                for way, style in (("forward", "--"), ("train", "-")):
+                    y = [milliseconds(entry, way, name) for _, entry in points]
+                    ax.plot(x, y, style, marker="o", markersize=4, color=COLOUR[name], label=f"{label}, {WAYS[way]}")
+            label_axes(ax, x, SCALED[field], "milliseconds")
+        if memory:
+            ax = axes.flat[len(panels)]
+            x = [int(key.split("=")[1]) for key in memory]
+            for name in ("RIM", "torch"):
+                ax.plot(x, [e["bytes"][name] / 2**20 for e in memory.values()], marker="o", markersize=4, color=COLOUR[name])
+            label_axes(ax, x, "steps T, paper's case", "peak memory of training, MiB")
+        if panels:
+            fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+        fig.savefig(path)
+        plt.close(fig)
+
+
+def label_axes(ax: plt.Axes, x: list[int], below: str, beside: str) -> None:
+    """Logarithmic axes with plain numbers, a tick at every measured size."""
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(x, [str(value) for value in x])
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter("")
+    ax.grid(True, which="major")
+    ax.set_xlabel(below)
+    ax.set_ylabel(beside)
+
+
+def draw(document: Entry, stem: Path) -> list[Path]:
+    """The pictures that the measured sections allow, named after `stem`."""
+    drawn = []
+    for section, ending, picture in (
+        (document.get("cases"), "ratios", draw_ratios),
+        (document.get("scaling") or document.get("memory"), "scaling", draw_scaling),
+    ):
+        if section:
+            drawn.append(stem.with_name(f"{stem.name}-{ending}.png"))
+            picture(document, drawn[-1])
+    return drawn
+
+
+def dump(document: Entry) -> str:
+    """JSON for people: indented, but a list of numbers on one line."""
+    indented = json.dumps(document, indent=1, ensure_ascii=False)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), indented) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--write", type=Path, nargs="+", default=[], metavar="PAGE", help="put the table into these pages")
+    parser.add_argument(
+        "--check", type=Path, nargs="+", default=[], metavar="PAGE", help="fail unless these pages have the table"
+    )
+    args = parser.parse_args(argv)
+    document = json.loads(args.json.read_text())
+    for page in args.write:
+        page.write_text(put(page.read_text(), markdown(document)))
+    if stale := [str(page) for page in args.check if put(page.read_text(), markdown(document)) != page.read_text()]:
+        sys.exit(f"{', '.join(stale)}: not the table of {args.json}; --write puts it there")
+    if not (args.write or args.check):
+        print(text(document))
+        for picture in draw(document, args.json.with_suffix("")):
+            print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    main()
