@@ -1,4 +1,4 @@
-// The boundary: two operators of torch.library, every size checked here once, then plain pointers to the kernels.
+// The boundary: the operators of torch.library, every size checked here once, then plain pointers to the kernels.
 //
 // Built against the stable ABI of libtorch 2.10, so that one binary serves that version and every newer one.
 #include <torch/csrc/stable/library.h>
@@ -231,7 +231,8 @@ Results scan_as(const Arguments& a, bool save) {
   const ScalarType type = a.input.scalar_type();
   const Tensor output = empty(call.output_shape, type), last_h = empty({s.batch, int64_t(s.n) * s.p}, type);
   const Tensor last_c = empty({s.lstm ? s.batch : 0, int64_t(s.n) * s.u}, type);
-  const Tensor winners = empty({save ? s.total : 0, s.k}, ScalarType::Int), saved = empty({save ? Saved<T>::size(s) : 0}, type);
+  Tensor winners = output, saved = output;  // of no use where nothing is saved
+  if (save) winners = empty({s.total, s.k}, ScalarType::Int), saved = empty({Saved<T>::size(s)}, type);
   problem.output = data<T>(output), problem.last_h = data<T>(last_h), problem.last_c = data<T>(last_c);
   problem.save = save;
   if (save) problem.saved = Saved<T>::in(data<T>(saved), data<int32_t>(winners), s);
@@ -323,10 +324,21 @@ bool is_double(const Tensor& input) {
 Results scan(Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key, Optional key_bias, Tensor value,
              Optional value_bias, Tensor weight_ih, Tensor weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
              Optional comm_query, Optional comm_key, Optional comm_value, Optional comm_output, std::vector<int64_t> batch_sizes,
-             int64_t k, int64_t heads, int64_t comm_heads, bool reverse, bool save) {
+             int64_t k, int64_t heads, int64_t comm_heads, bool reverse) {
   const Arguments a = arguments(input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh,
                                 weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k, heads, comm_heads, reverse);
-  return is_double(input) ? scan_as<double>(a, save) : scan_as<float>(a, save);
+  return is_double(input) ? scan_as<double>(a, true) : scan_as<float>(a, true);
+}
+
+std::tuple<Tensor, Tensor, Tensor> infer(
+    Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key, Optional key_bias, Tensor value,
+    Optional value_bias, Tensor weight_ih, Tensor weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
+    Optional comm_query, Optional comm_key, Optional comm_value, Optional comm_output, std::vector<int64_t> batch_sizes,
+    int64_t k, int64_t heads, int64_t comm_heads, bool reverse) {
+  const Arguments a = arguments(input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh,
+                                weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k, heads, comm_heads, reverse);
+  const Results all = is_double(input) ? scan_as<double>(a, false) : scan_as<float>(a, false);
+  return {std::get<0>(all), std::get<1>(all), std::get<2>(all)};
 }
 
 std::vector<Tensor> scan_backward(Optional grad_output, Optional grad_h, Optional grad_c, Tensor output, Tensor winners, Tensor saved,
@@ -345,12 +357,14 @@ std::vector<Tensor> scan_backward(Optional grad_output, Optional grad_h, Optiona
 }  // namespace rim
 
 STABLE_TORCH_LIBRARY(rim_rnn, m) {
-  m.def("scan(" RIM_PARAMETERS ", bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor winners, Tensor saved)");
+  m.def("infer(" RIM_PARAMETERS ") -> (Tensor output, Tensor h_n, Tensor c_n)");
+  m.def("scan(" RIM_PARAMETERS ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor winners, Tensor saved)");
   m.def("scan_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor output, Tensor winners, Tensor saved, "
         "bool input_grad, " RIM_PARAMETERS ") -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CPU, m) {
+  m.impl("infer", TORCH_BOX(&rim::infer));
   m.impl("scan", TORCH_BOX(&rim::scan));
   m.impl("scan_backward", TORCH_BOX(&rim::scan_backward));
 }

@@ -1,0 +1,321 @@
+"""The fast path: a whole sequence of one cell, forward and backward, in one native operator (``csrc/``).
+
+It is equal to :meth:`RIMCell.scan` because it computes the same four stages from the same parameters: ``csrc/step.h`` has them
+by name and in order, and only multiplies the weights that meet ``x`` out first, which changes rounding and nothing else. The
+readable path stays the definition; ``tests/test_native.py`` holds every output and every gradient of this one against it.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+State = tuple[Tensor, ...]
+
+PARAMETERS = (
+    ("input_attention.query", "weight"),
+    ("input_attention.query", "bias"),
+    ("input_attention.key", "weight"),
+    ("input_attention.key", "bias"),
+    ("input_attention.value", "weight"),
+    ("input_attention.value", "bias"),
+    ("dynamics", "weight_ih"),
+    ("dynamics", "weight_hh"),
+    ("dynamics", "bias_ih"),
+    ("dynamics", "bias_hh"),
+    ("dynamics", "weight_hr"),
+    ("communication.query", "weight"),
+    ("communication.key", "weight"),
+    ("communication.value", "weight"),
+    ("communication.output", "weight"),
+)
+"""In the order of the operator's schema; a cell has not every one of them."""
+
+MODULES = tuple(dict.fromkeys(path for path, _ in PARAMETERS))
+
+
+def _load() -> str | None:
+    """Load the operator. The reason why there is none, or ``None``."""
+    wanted = os.environ.get("RIM_RNN_NATIVE", "")
+    if wanted not in ("", "0", "1"):
+        raise ImportError(f"RIM_RNN_NATIVE should be 0, 1 or empty, got {wanted!r}")
+    if wanted == "0":
+        return "switched off by RIM_RNN_NATIVE=0"
+    library = next((path for path in Path(__file__).parent.glob("_native.*") if path.suffix in (".so", ".pyd")), None)
+    reason = "the native operator is not built"
+    if library is not None:
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            reason = f"the native operator does not load: {error}"
+        else:
+            return None
+    if wanted == "1":
+        raise ImportError(f"RIM_RNN_NATIVE=1, but {reason}")
+    return reason
+
+
+_unavailable = _load()
+_switched_off = False
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Inside, every call takes the readable path."""
+    global _switched_off
+    before, _switched_off = _switched_off, True
+    try:
+        yield
+    finally:
+        _switched_off = before
+
+
+def _module(cell: Any, path: str) -> nn.Module | None:
+    module: Any = cell
+    for name in path.split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    return module  # type: ignore[no-any-return]
+
+
+def _parameters(cell: Any) -> list[Tensor | None]:
+    """The parameters in the order of the schema, ``None`` where the cell has none."""
+    modules = {path: _module(cell, path) for path in MODULES}
+    found: list[Tensor | None] = []
+    for path, name in PARAMETERS:
+        module = modules[path]
+        found.append(None if module is None else module._parameters.get(name))
+    return found
+
+
+def supports(cell: Any, input: Tensor, state: State, record: bool = False) -> str | None:
+    """Why a call can not run natively, or ``None`` where it can: the one list of reasons.
+
+    Args:
+        cell: The :class:`RIMCell`.
+        input, state: As :meth:`RIMCell.scan` takes them.
+        record: Whether the call is recorded.
+
+    Returns:
+        The reason for taking the readable path, or ``None``.
+    """
+    if _unavailable is not None:
+        return _unavailable
+    if _switched_off:
+        return "switched off"
+    if record:
+        return "the call is recorded"
+    if input.device.type != "cpu":
+        return f"the input is on {input.device}, not on the CPU"
+    if input.dtype not in (torch.float32, torch.float64):
+        return f"the input is {input.dtype}, not float32 or float64"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if input.numel() == 0:
+        return "the input is empty"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return "a torch.func transform is active"
+        if torch.jit.is_tracing():
+            return "torch.jit is tracing"
+    elif torch.compiler.is_exporting():
+        return "torch.export: the graph stays portable"
+    stages = cell._modules
+    if cell.training:
+        if stages["input_attention"].dropout:
+            return "input_dropout is on"
+        if stages["communication"].dropout and stages["communication"].num_heads:
+            return "comm_dropout is on"
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
+        return "a global module hook is registered"
+    tensors: list[Any] = [input, *state]
+    for stage_name, stage in stages.items():
+        for module in (stage, *stage._modules.values()):
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+                return f"a hook is registered in {stage_name}"
+            if "parametrizations" in module._modules:
+                return f"{stage_name} is parametrised"
+            tensors.extend(module._parameters.values())
+    count = 0
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        count += 1
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+        if tensor.dtype != input.dtype or tensor.device != input.device:
+            return "the tensors differ in dtype or device"
+    if count != 1 + len(state) + _num_parameters(cell):
+        return "a parameter is not where the cell keeps it"
+    return None
+
+
+def _num_parameters(cell: Any) -> int:
+    """How many parameters DESIGN gives the cell: fewer where something was put in the place of one, as pruning does."""
+    return 5 + (5 if cell.bias else 0) + (1 if cell.proj_size else 0) + (4 if cell._modules["communication"].num_heads else 0)
+
+
+def scan(
+    cell: Any,
+    input: Tensor,
+    state: State,
+    batch_sizes: Sequence[int] | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, State]:
+    """:meth:`RIMCell.scan` in the native operator, for calls that :func:`supports` has no reason to decline.
+
+    Args:
+        cell: The :class:`RIMCell`.
+        input: ``(T, N, input_size)``, or packed ``(sum(batch_sizes), input_size)``.
+        state: ``(h_0, c_0)`` or ``(h_0,)``, each ``(N, features)``.
+        batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
+        reverse: Go from the last step to the first; results stay in the input's order of time.
+
+    Returns:
+        The outputs in the layout of ``input`` and the last states.
+
+    Raises:
+        RuntimeError: A size does not fit; the message names it.
+    """
+    parameters = _parameters(cell)
+    c = state[1] if len(state) == 2 else None
+    stages = cell._modules
+    sizes = (list(batch_sizes or ()), cell.k, stages["input_attention"].num_heads, stages["communication"].num_heads, reverse)
+    tensors = (input, state[0], c, *parameters)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        output, h_n, c_n = torch.ops.rim_rnn.scan.default(*tensors, *sizes)[:3]
+    else:
+        output, h_n, c_n = torch.ops.rim_rnn.infer.default(*tensors, *sizes)
+    return output, (h_n,) if c is None else (h_n, c_n)
+
+
+# What torch.library wants to know of the operators: shapes of results without running, and gradients.
+
+NUM_TENSORS = 3 + len(PARAMETERS)
+
+
+def _infer_fake(
+    input: Tensor, h: Tensor, c: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = input.new_empty(*input.shape[:-1], h.shape[1])
+    return output, torch.empty_like(h, memory_format=torch.contiguous_format), _last_c(input, c, *rest)
+
+
+def _last_c(input: Tensor, c: Tensor | None, *rest: Any) -> Tensor:
+    if c is not None:
+        return torch.empty_like(c, memory_format=torch.contiguous_format)
+    weight_ih = rest[6]
+    return input.new_empty(0, weight_ih.shape[0] * (weight_ih.shape[2] // 3))
+
+
+def _scan_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    query, weight_ih = rest[0], rest[6]
+    _, k, heads, comm_heads, _ = rest[-5:]
+    total = input.numel() // input.shape[-1]
+    u = weight_ih.shape[2] // (3 if c is None else 4)
+    per_winner = heads + 4 * u + (0 if c is None else u) + query.shape[1] + comm_heads * query.shape[0]
+    winners = input.new_empty(total, k, dtype=torch.int32)
+    return *_infer_fake(input, h, c, *rest), winners, input.new_empty(total * k * per_winner)
+
+
+def _backward_fake(*args: Any) -> list[Tensor]:
+    input_grad, tensors = args[6], args[7 : 7 + NUM_TENSORS]
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
+    return grads if input_grad else [grads[0].new_empty(0), *grads[1:]]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3], output[4])
+    ctx.save_for_backward(*inputs[:NUM_TENSORS], output[0], output[3], output[4])
+    ctx.sizes = inputs[NUM_TENSORS:]
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    *tensors, output, winners, saved = ctx.saved_tensors
+    if torch.is_grad_enabled():  # exactly when the caller asked for create_graph
+        found = _differentiate_readable(tensors, ctx.sizes, grads[:3], ctx.needs_input_grad)
+        return *found, *(None for _ in ctx.sizes)
+    grad_c = None if tensors[2] is None else grads[2]
+    results = iter(
+        torch.ops.rim_rnn.scan_backward.default(
+            grads[0], grads[1], grad_c, output, winners, saved, ctx.needs_input_grad[0], *tensors, *ctx.sizes
+        )
+    )
+    by_tensor = [None if t is None else next(results) for t in tensors]
+    if not ctx.needs_input_grad[0]:
+        by_tensor[0] = None
+    return *by_tensor, *(None for _ in ctx.sizes)
+
+
+class _Readable(nn.Module):
+    """A cell whose forward is its scan, so that torch.func.functional_call can lend it parameters."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, input: Tensor, state: State, batch_sizes: list[int] | None, reverse: bool) -> tuple[Tensor, ...]:
+        output, last, _ = self.cell.scan(input, state, batch_sizes, reverse)
+        return output, *last
+
+
+def _differentiate_readable(
+    tensors: list[Tensor | None], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients by way of the readable path, themselves differentiable: what double backward takes."""
+    from rim_rnn.cell import RIMCell  # the one look upwards: the definition itself, on a detour that few calls take
+
+    input, h, c, query, query_bias, key, _, value, _, weight_ih, *_ = tensors
+    comm_query, _, comm_value, _ = tensors[-4:]
+    batch_sizes, k, heads, comm_heads, reverse = sizes
+    assert input is not None and h is not None and query is not None and key is not None and value is not None
+    assert weight_ih is not None
+    n = query.size(0)
+    with torch.no_grad():
+        cell = RIMCell(
+            input.size(-1),
+            n * (weight_ih.size(2) // (3 if c is None else 4)),
+            query_bias is not None,
+            device="meta",
+            dtype=input.dtype,
+            proj_size=0 if tensors[13] is None else n * query.size(1),
+            num_units=n,
+            k=k,
+            rnn_cell="GRU" if c is None else "LSTM",
+            key_size_input=key.size(0) // heads,
+            value_size_input=value.size(0) // heads,
+            num_input_heads=heads,
+            key_size_comm=1 if comm_query is None else comm_query.size(2) // comm_heads,
+            value_size_comm=1 if comm_value is None else comm_value.size(2) // comm_heads,
+            num_comm_heads=comm_heads,
+        )
+    parameters = {
+        f"cell.{path}.{name}": t for (path, name), t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None
+    }
+    state = (h,) if c is None else (h, c)
+    results = torch.func.functional_call(_Readable(cell), parameters, (input, state, batch_sizes or None, reverse))
+    given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None]
+    differentiable = [t for t, want in zip(tensors, wanted, strict=False) if t is not None and want]
+    found = iter(
+        torch.autograd.grad(
+            [r for r, _ in given], differentiable, [g for _, g in given], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if t is not None and want else None for t, want in zip(tensors, wanted, strict=False)]
+
+
+if _unavailable is None:
+    torch.library.register_fake("rim_rnn::infer", _infer_fake)
+    torch.library.register_fake("rim_rnn::scan", _scan_fake)
+    torch.library.register_fake("rim_rnn::scan_backward", _backward_fake)
+    torch.library.register_autograd("rim_rnn::scan", _backward, setup_context=_setup_context)
