@@ -13,6 +13,7 @@ from rim_rnn.input_attention import InputAttention, compete
 from rim_rnn.recording import Trace
 from rim_rnn.units import (
     autocast_dtype,
+    autocast_result_dtype,
     check_int,
     check_num_units,
     check_probability,
@@ -314,19 +315,20 @@ class RIMCell(nn.Module, Generic[StateT]):
         sizes = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
         return sizes if self.rnn_cell == "LSTM" else {"h": self.hidden_size}
 
-    def check_state(self, hx: object) -> State:
-        """``hx`` as a tuple of tensors, or the ``TypeError`` (``RuntimeError`` for a third state) of the wrong structure."""
+    def check_state(self, hx: object, too_few: type[Exception] = RuntimeError) -> State:
+        """``hx`` as a tuple of tensors, or the ``TypeError`` of a wrong structure, the ``RuntimeError`` of a wrong number."""
         if self.rnn_cell == "GRU":
             if not isinstance(hx, Tensor):
                 raise TypeError(f'with rnn_cell="GRU" hx should be the tensor h_0, got: {type(hx).__name__}')
             return (hx,)
-        if not isinstance(hx, tuple | list) or len(hx) < 2 or not all(isinstance(s, Tensor) for s in hx):
+        if not isinstance(hx, tuple | list) or not all(isinstance(s, Tensor) for s in hx):
             got = type(hx).__name__
             if isinstance(hx, tuple | list):
                 got += f" of ({', '.join(type(s).__name__ for s in hx)})"
             raise TypeError(f'with rnn_cell="LSTM" hx should be a tuple of two tensors (h_0, c_0), got: {got}')
-        if len(hx) > 2:
-            raise RuntimeError(f'with rnn_cell="LSTM" hx should hold two states (h_0, c_0), got {len(hx)}')
+        if len(hx) != 2:
+            error = too_few if len(hx) < 2 else RuntimeError
+            raise error(f'with rnn_cell="LSTM" hx should hold two states (h_0, c_0), got {len(hx)}')
         return tuple(hx)
 
     def check_alike(self, name: str, tensor: Tensor) -> Tensor:
@@ -338,7 +340,8 @@ class RIMCell(nn.Module, Generic[StateT]):
                 f"at {weight.device}. Move it: {name}.to('{weight.device}'), or the model: model.to('{tensor.device}')"
             )
         if tensor.dtype != weight.dtype:
-            if not (tensor.is_floating_point() and autocast_dtype(tensor.device)):
+            known = (torch.float32, torch.bfloat16, torch.float16)  # to autocast, which leaves float64 alone
+            if not (autocast_dtype(tensor.device) and tensor.dtype in known and weight.dtype in known):
                 raise RuntimeError(
                     f"{name} dtype ({tensor.dtype}) does not match weight dtype ({weight.dtype}). "
                     f"Convert it: {name}.to({weight.dtype}), or the model: model.to({tensor.dtype})"
@@ -354,6 +357,7 @@ class RIMCell(nn.Module, Generic[StateT]):
             raise ValueError(f"RIMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if input.size(-1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)}, expected {self.input_size}")
+        given = input.dtype
         input = self.check_alike("input", input)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
@@ -361,6 +365,7 @@ class RIMCell(nn.Module, Generic[StateT]):
             state = tuple(x.new_zeros(x.size(0), size) for size in self.state_sizes().values())
         else:
             state = self.check_state(hx)
+            given = state[0].dtype
             for s, (name, size) in zip(state, self.state_sizes().items(), strict=True):
                 if s.dim() not in (1, 2):
                     raise ValueError(f"RIMCell: Expected {name}_0 to be 1D or 2D, got {s.dim()}D instead")
@@ -369,6 +374,9 @@ class RIMCell(nn.Module, Generic[StateT]):
             state = tuple(self.check_alike(f"{name}_0", s) for s, name in zip(state, "hc", strict=False))
             state = state if batched else tuple(s.unsqueeze(0) for s in state)
         _, state, _ = self.scan(x.unsqueeze(0), state)
+        dtype = autocast_result_dtype(given, x.device, fused=False)
+        if dtype is not None:
+            state = tuple(s.to(dtype) for s in state)
         state = state if batched else tuple(s.squeeze(0) for s in state)
         return cast("StateT", state if self.rnn_cell == "LSTM" else state[0])
 

@@ -16,12 +16,14 @@ from rim_rnn.dynamics import State
 from rim_rnn.recording import Record, assemble
 from rim_rnn.units import (
     autocast_dtype,
+    autocast_result_dtype,
     check_bool,
     check_int,
     check_probability,
     check_sizes,
     choose_num_units,
     describe,
+    plain_int,
 )
 
 
@@ -217,9 +219,11 @@ class RIM(nn.Module, Generic[StateT]):
         comm_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        num_layers, proj_size = plain_int(num_layers), plain_int(proj_size)
         check_probability("dropout", dropout)
         check_int("num_layers", num_layers, 1)
         check_bool("batch_first", batch_first)
+        check_bool("bidirectional", bidirectional)
         check_sizes(rnn_cell, input_size, hidden_size, bias, proj_size)
         if dropout > 0 and num_layers == 1:
             warnings.warn(
@@ -229,7 +233,7 @@ class RIM(nn.Module, Generic[StateT]):
             )
         self.mode = rnn_cell
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
-        self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bool(bidirectional)
+        self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
         self.proj_size = proj_size
         self.num_directions = 2 if bidirectional else 1
         if num_units is None:
@@ -287,11 +291,12 @@ class RIM(nn.Module, Generic[StateT]):
         if not isinstance(x, Tensor):
             raise TypeError(f"RIM: Expected input to be a Tensor or a PackedSequence, got: {type(x).__name__}")
         if x.dim() not in ((2,) if packed else (2, 3)):
-            expected = "packed data to be 2D" if packed else "input to be 2D or 3D"
-            raise ValueError(f"RIM: Expected {expected}, got {x.dim()}D instead")
+            if packed:
+                raise RuntimeError(f"RIM: Expected packed data to be 2D, got {x.dim()}D instead")
+            raise ValueError(f"RIM: Expected input to be 2D or 3D, got {x.dim()}D instead")
         weight = self._cells()[0].dynamics.weight_hh
-        if x.dtype != weight.dtype and not (x.is_floating_point() and autocast_dtype(x.device)):
-            error = RuntimeError if packed else ValueError
+        if x.dtype != weight.dtype and not autocast_dtype(x.device):
+            error = RuntimeError if packed and self.mode == "LSTM" else ValueError
             raise error(
                 f"RIM input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
@@ -301,15 +306,14 @@ class RIM(nn.Module, Generic[StateT]):
         if not packed and x.size(1 if self.batch_first and x.dim() == 3 else 0) == 0:
             raise RuntimeError(f"Expected sequence length to be larger than 0 in RIM, got input of size {tuple(x.shape)}")
 
-    def _check_hx(self, hx: object, batch: int, batched: bool, packed: bool) -> State:
-        """The given states as a tuple of ``(D * num_layers, N, features)``, or the error that says what does not fit."""
+    def _check_hx(self, state: State, batch: int, batched: bool, packed: bool) -> State:
+        """The given states as ``(D * num_layers, N, features)`` each, or the error that says what does not fit."""
         cell = self._cells()[0]
-        state = cell.check_state(hx)
         dim = 3 if batched else 2
         if any(s.dim() != dim for s in state):
             kind = "packed" if packed else "batched 3-D" if batched else "unbatched 2-D"
             got = ", ".join(f"{s.dim()}-D" for s in state)
-            error = TypeError if packed else RuntimeError
+            error = TypeError if packed and self.mode == "LSTM" and any(s.dim() < 3 for s in state) else RuntimeError
             raise error(f"For {kind} input, hx should be {dim}-D but got ({got}) tensors")
         for s, (name, size) in zip(state, cell.state_sizes().items(), strict=True):
             expected = (len(self.cells), batch, size) if batched else (len(self.cells), size)
@@ -339,11 +343,14 @@ class RIM(nn.Module, Generic[StateT]):
                 x = x.transpose(0, 1)
             batch = x.size(1)
         cells = self._cells()
+        given = x.dtype
         x = cells[0].check_alike("input", x)
         if hx is None:
             state: State = tuple(x.new_zeros(len(cells), batch, size) for size in cells[0].state_sizes().values())
         else:
-            state = self._check_hx(hx, batch, batched, batch_sizes is not None)
+            state = cells[0].check_state(hx, too_few=TypeError)
+            given = state[0].dtype
+            state = self._check_hx(state, batch, batched, batch_sizes is not None)
             if sorted_indices is not None:
                 state = tuple(s.index_select(1, sorted_indices) for s in state)
 
@@ -365,9 +372,9 @@ class RIM(nn.Module, Generic[StateT]):
             records.append(assemble(traces, unsorted_indices, batched))
 
         state = tuple(torch.stack(s) for s in zip(*last, strict=True))
-        lower = autocast_dtype(x.device)
-        if lower and (self.mode == "LSTM" or x.device.type != "cpu"):  # torch's own GRU stays wide on a CPU
-            x, state = x.to(lower), tuple(s.to(lower) for s in state)
+        dtype = autocast_result_dtype(given, x.device, fused=self.mode == "LSTM" and batch_sizes is None)
+        if dtype is not None:
+            x, state = x.to(dtype), tuple(s.to(dtype) for s in state)
         if unsorted_indices is not None:
             state = tuple(s.index_select(1, unsorted_indices) for s in state)
         if not batched:

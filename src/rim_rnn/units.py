@@ -41,6 +41,11 @@ def check_int(name: str, value: object, least: int, most: int | None = None) -> 
         raise ValueError(f"{name} should be {expected}, got {name}={value}")
 
 
+def plain_int(value: int) -> int:
+    """An ``int`` from the integer of another library, such as ``numpy.int64``; anything else as it is."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value
+
+
 def check_bool(name: str, value: object) -> None:
     """``TypeError`` unless ``value`` is a bool."""
     if not isinstance(value, bool):
@@ -48,9 +53,10 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_probability(name: str, value: object) -> None:
-    """``ValueError`` unless ``value`` is a number from 0 to 1, as :class:`torch.nn.LSTM` says of its dropout."""
+    """Unless ``value`` is a number from 0 to 1: ``TypeError`` where ``float`` takes no such type, else ``ValueError``."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
-        raise ValueError(
+        error = ValueError if isinstance(value, str) or hasattr(value, "__float__") else TypeError
+        raise error(
             f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed, "
             f"got {name}={value!r}"
         )
@@ -63,9 +69,9 @@ def check_sizes(rnn_cell: str, input_size: int, hidden_size: int, bias: bool, pr
     check_bool("bias", bias)
     check_int("input_size", input_size, 1)
     check_int("hidden_size", hidden_size, 1)
-    check_int("proj_size", proj_size, 0)
     if proj_size and rnn_cell == "GRU":
-        raise ValueError(f'proj_size is only supported for rnn_cell="LSTM", got proj_size={proj_size} with "GRU"')
+        raise ValueError(f'proj_size is only supported for rnn_cell="LSTM", got proj_size={proj_size!r} with "GRU"')
+    check_int("proj_size", proj_size, 0)
     if proj_size >= hidden_size:
         raise ValueError(
             f"proj_size should be smaller than hidden_size, got proj_size={proj_size} and hidden_size={hidden_size}"
@@ -101,6 +107,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def autocast_result_dtype(given: torch.dtype, device: torch.device, fused: bool) -> torch.dtype | None:
+    """The dtype of results under autocast, or ``None`` where it is off.
+
+    Autocast leaves float64 alone. Elsewhere the dtype is autocast's own, save on a CPU where torch does not run the sequence
+    as one operator (``fused``): states there have the dtype that the ``given`` ones and autocast's promote to.
+    """
+    lower = None if given == torch.float64 else autocast_dtype(device)
+    return lower if lower is None or fused or device.type != "cpu" else torch.promote_types(given, lower)
+
+
 def divide(state: Tensor, num_units: int) -> Tensor:
     """Unit-major view of a state, ``(N, n*p)`` -> ``(n, N, p)``: unit ``j`` owns ``state[..., j*p:(j+1)*p]``."""
     return state.view(state.size(0), num_units, state.size(1) // num_units).transpose(0, 1)
@@ -108,7 +124,7 @@ def divide(state: Tensor, num_units: int) -> Tensor:
 
 def unite(state: Tensor) -> Tensor:
     """The inverse of :func:`divide`, ``(n, N, p)`` -> ``(N, n*p)``."""
-    return state.transpose(0, 1).reshape(state.size(1), state.size(0) * state.size(2))
+    return state.transpose(0, 1).reshape(state.size(1), state.size(0) * state.size(2)).contiguous()
 
 
 def describe(module: Any, **defaults: object) -> str:
