@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def record(rnn: "RIM[Any]") -> Iterator[list[Record]]:
     The attentions are those of equations 2 and 5 of Goyal et al., 2021, *Recurrent Independent Mechanisms*.
     """
     rnn = getattr(rnn, "_orig_mod", rnn)
-    if not hasattr(rnn, "_recorders"):
+    if not isinstance(rnn, nn.Module) or not hasattr(rnn, "_recorders"):
         raise TypeError(f"record() expects a rim_rnn.RIM, got: {type(rnn).__name__}")
     records: list[Record] = []
     rnn._recorders = [*rnn._recorders, records]

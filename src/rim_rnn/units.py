@@ -18,9 +18,11 @@ def choose_num_units(hidden_size: int, proj_size: int = 0, stacklevel: int = 3) 
     size = math.gcd(hidden_size, proj_size)
     num_units = min((d for d in range(1, 9) if size % d == 0), key=lambda d: (abs(d - 6), d))
     if num_units == 1:
-        whose = f"hidden_size={hidden_size}" + (f" and proj_size={proj_size}" if proj_size else "")
+        whose = f"hidden_size={hidden_size} has no"
+        if proj_size:
+            whose = f"hidden_size={hidden_size} and proj_size={proj_size} have no common"
         warnings.warn(
-            f"{whose} has no divisor from 2 to 8, so num_units=1: a single unit never competes; "
+            f"{whose} divisor from 2 to 8, so num_units=1: a single unit never competes; "
             "choose a size with more divisors, or pass num_units",
             stacklevel=stacklevel,
         )
