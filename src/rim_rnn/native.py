@@ -51,7 +51,7 @@ def _load() -> str | None:
     reason = "the native operator is not built"
     if library is not None:
         try:
-            torch.ops.load_library(str(library))
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         except OSError as error:
             reason = f"the native operator does not load: {error}"
         else:
@@ -125,7 +125,7 @@ def supports(cell: Any, input: Tensor, state: State, record: bool = False) -> st
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             return "a torch.func transform is active"
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state() is not None:
             return "torch.jit is tracing"
     elif torch.compiler.is_exporting():
         return "torch.export: the graph stays portable"
@@ -203,9 +203,7 @@ def scan(
 NUM_TENSORS = 3 + len(PARAMETERS)
 
 
-def _infer_fake(
-    input: Tensor, h: Tensor, c: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _infer_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     output = input.new_empty(*input.shape[:-1], h.shape[1])
     return output, torch.empty_like(h, memory_format=torch.contiguous_format), _last_c(input, c, *rest)
 
@@ -270,7 +268,7 @@ class _Readable(nn.Module):
 
 
 def _differentiate_readable(
-    tensors: list[Tensor | None], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    tensors: list[Any], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients by way of the readable path, themselves differentiable: what double backward takes."""
     from rim_rnn.cell import RIMCell  # the one look upwards: the definition itself, on a detour that few calls take
@@ -278,8 +276,6 @@ def _differentiate_readable(
     input, h, c, query, query_bias, key, _, value, _, weight_ih, *_ = tensors
     comm_query, _, comm_value, _ = tensors[-4:]
     batch_sizes, k, heads, comm_heads, reverse = sizes
-    assert input is not None and h is not None and query is not None and key is not None and value is not None
-    assert weight_ih is not None
     n = query.size(0)
     with torch.no_grad():
         cell = RIMCell(
@@ -299,17 +295,13 @@ def _differentiate_readable(
             value_size_comm=1 if comm_value is None else comm_value.size(2) // comm_heads,
             num_comm_heads=comm_heads,
         )
-    parameters = {
-        f"cell.{path}.{name}": t for (path, name), t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None
-    }
+    parameters = {f"cell.{path}.{name}": t for (path, name), t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None}
     state = (h,) if c is None else (h, c)
     results = torch.func.functional_call(_Readable(cell), parameters, (input, state, batch_sizes or None, reverse))
     given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None]
     differentiable = [t for t, want in zip(tensors, wanted, strict=False) if t is not None and want]
     found = iter(
-        torch.autograd.grad(
-            [r for r, _ in given], differentiable, [g for _, g in given], create_graph=True, allow_unused=True
-        )
+        torch.autograd.grad([r for r, _ in given], differentiable, [g for _, g in given], create_graph=True, allow_unused=True)
     )
     return [next(found) if t is not None and want else None for t, want in zip(tensors, wanted, strict=False)]
 

@@ -48,7 +48,7 @@ struct Saved {
   T* gates;          // after their activation, (4u); for GRU r, z, n and W_hn h + b_hn
   T* cell;           // c before the step, (u); LSTM only
   T* state;          // h~, (p)
-  T* probabilities;  // of the communication, (comm_heads, n)
+  T* probabilities;  // of the communication; per step and row (n, k * comm_heads)
 
   RIM_INLINE static int64_t size(const Sizes& s) {
     return s.total * s.k * (s.heads + s.gates() + (s.lstm ? s.u : 0) + s.p + int64_t(s.comm_heads) * s.n);

@@ -55,10 +55,15 @@ struct Block {
   T *read, *ask, *heard;  // key and value, query, what the heads heard
   int64_t ld_x, ld_key, ld_value, ld_query, ld_operand, ld_gates, ld_state, ld_read, ld_ask, ld_heard;
   T *query, *operand, *gates, *state, *projected;  // of the unit at hand
-  T* scores;                                       // (comm_heads, n) of the row at hand
+  // Of the row at hand, per pair of a winner and a head.
+  int64_t pairs, ld_pairs;
+  T *probabilities, **asking, **hearing;  // (n, pairs), (pairs), (pairs)
+  T** reads;                              // (n)
+  int* head_of;                           // (pairs)
 
   // Backward only.
-  T *dh, *dc, *dx, *dfeature, *dheard, *dasked, *doperand, *dscores, *dkey, *dvalue, *tilde;
+  T *dh, *dc, *dx, *dheard, *dasked, *doperand, *dscores, *tilde;
+  T **dasking, **dhearing;
   const T** before;       // of each row: h before the step, (n, p)
   Panel<T>*gates_panel, *query_panel, *project_panel, *talk_panel, *output_panel;  // of each unit
   Panel<T> key_panel, value_panel;
@@ -92,7 +97,13 @@ struct Block {
     read = arena.take<T>(R * n * ld_read);
     ask = arena.take<T>(R * n * ld_ask);
     heard = arena.take<T>(R * n * ld_heard);
-    scores = arena.take<T>(pad<T>(s.comm_heads * n));
+    pairs = k * s.comm_heads, ld_pairs = pad<T>(int(pairs));
+    probabilities = arena.take<T>(n * ld_pairs);
+    asking = arena.take<T*>(pairs);
+    hearing = arena.take<T*>(pairs);
+    reads = arena.take<T*>(n);
+    head_of = arena.take<int>(pairs);
+    for (int64_t pair = 0; pair < pairs && arena.base; ++pair) head_of[pair] = int(pair % s.comm_heads);
     if (!backward) return;
     dh = arena.take<T>(R * n * p);
     dc = arena.take<T>(s.lstm ? R * n * u : 0);
@@ -100,7 +111,9 @@ struct Block {
     doperand = arena.take<T>(R * ld_operand);
     dheard = arena.take<T>(R * n * ld_heard);
     dasked = arena.take<T>(R * ld_state);
-    dscores = arena.take<T>(pad<T>(n));
+    dscores = arena.take<T>(n * ld_pairs);
+    dasking = arena.take<T*>(pairs);
+    dhearing = arena.take<T*>(pairs);
     tilde = arena.take<T>(R * n * p);
     before = arena.take<const T*>(R);
     gates_panel = arena.take<Panel<T>>(n);
@@ -274,49 +287,126 @@ struct Block {
       for (int r = 0; r < count; ++r) copy(state + r * ld_state, state_of(row[j * most + r], j), p);
       multiply(count, state, ld_state, W.unit[j].ask, of_unit(ask, j, ld_ask), ld_ask);
     }
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i) {
       for (int a = 0; a < k; ++a) {
         const int j = winners[i * k + a], r = place[i * n + j];
-        T* probabilities = problem.save ? problem.saved.probabilities + (position(i) * k + a) * s.comm_heads * n : scores;
-        attend(i, of_unit(ask, j, ld_ask) + r * ld_ask, probabilities);
-        listen(i, probabilities, of_unit(heard, j, ld_heard) + r * ld_heard, nullptr);
+        share(asking, a, of_unit(ask, j, ld_ask) + r * ld_ask, s.comm_key);
+        share(hearing, a, of_unit(heard, j, ld_heard) + r * ld_heard, s.comm_value);
       }
+      find_reads(i, nullptr);
+      attend();
+      gather_units(probabilities, s.e(), s.comm_value, hearing);
+      if (!problem.save) continue;
+      for (int m = 0; m < n; ++m) copy(problem.saved.probabilities + (position(i) * n + m) * pairs, probabilities + m * ld_pairs, pairs);
+    }
     for (int j = 0; j < n; ++j) {
       multiply(won[j], of_unit(heard, j, ld_heard), ld_heard, W.unit[j].output, state, ld_state);
       for (int r = 0; r < won[j]; ++r) add(state_of(row[j * most + r], j), state + r * ld_state, p);
     }
   }
-  // Where unit m's keys and values of row i lie; in backward units have their rows in an order of their own.
-  T* read_of(int i, int m, const int* places) const { return of_unit(read, m, ld_read) + int64_t(places ? places[i * n + m] : i) * ld_read; }
 
-  void attend(int i, const T* asking, T* probabilities) const {
-    for (int head = 0; head < s.comm_heads; ++head) {
-      T* score = scores + head * n;
-      T highest = 0;
-      for (int m = 0; m < n; ++m) {
-        score[m] = dot(asking + head * s.comm_key, read_of(i, m, nullptr) + head * s.comm_key, s.comm_key) * T(s.comm_scale);
-        highest = m == 0 || score[m] > highest ? score[m] : highest;
+  // Below, of one row: a pair is a winner and a head, and a lane of a vector; every unit m is read.
+
+  // The heads' parts of what winner `a` has.
+  void share(T** parts, int a, T* of_winner, int size) const {
+    for (int head = 0; head < s.comm_heads; ++head) parts[a * s.comm_heads + head] = of_winner + head * size;
+  }
+  // Where the units' keys and values lie; in backward units have their rows in an order of their own.
+  void find_reads(int i, const int* places) const {
+    for (int m = 0; m < n; ++m) reads[m] = of_unit(read, m, ld_read) + int64_t(places ? places[i * n + m] : i) * ld_read;
+  }
+
+  // Loops over the parts of heads have their length known to the compiler where it is 1, 2 or 4 vectors, else it is 0.
+#define RIM_PER_LENGTH(size, call)                                \
+  switch ((size) % WIDTH<T> ? 0 : (size) / WIDTH<T>) {            \
+    case 1: { constexpr int VECTORS = 1; return call; }           \
+    case 2: { constexpr int VECTORS = 2; return call; }           \
+    case 4: { constexpr int VECTORS = 4; return call; }           \
+    default: { constexpr int VECTORS = 0; return call; }          \
+  }
+  template <int VECTORS>
+  static constexpr int length(int size) {
+    return VECTORS ? VECTORS * WIDTH<T> : size;
+  }
+
+  // to[m][pair] = left[pair] . (what unit m has for the pair's head), of which each head has `size`
+  void dots(T* const* left, int64_t at, int size, T* to) const { RIM_PER_LENGTH(size, dots_of<VECTORS>(left, at, size, to)) }
+  template <int VECTORS>
+  void dots_of(T* const* left, int64_t at, int size, T* to) const {
+    size = length<VECTORS>(size);
+    for (int m = 0; m < n; ++m) {
+      const T* right = reads[m] + at;
+      for (int64_t first = 0; first < pairs; first += WIDTH<T>) {
+        Vec<T> products[WIDTH<T>];
+        for (int lane = 0; lane < WIDTH<T>; ++lane) {
+          Vec<T> total{};
+          if (first + lane < pairs) {
+            const T *l = left[first + lane], *r = right + head_of[first + lane] * size;
+            for (int d = 0; d < size; d += WIDTH<T>) total += load(l + d, size - d) * load(r + d, size - d);
+          }
+          products[lane] = total;
+        }
+        store(to + m * ld_pairs + first, sums<T>(products));
       }
-      for (int m = 0; m < n; ++m) score[m] -= highest;
-    }
-    const int size = s.comm_heads * n;
-    for (int a = 0; a < size; a += WIDTH<T>) store(scores + a, exp<T>(load(scores + a)));
-    for (int head = 0; head < s.comm_heads; ++head) {
-      T total = 0;
-      for (int m = 0; m < n; ++m) total += scores[head * n + m];
-      for (int m = 0; m < n; ++m) probabilities[head * n + m] = scores[head * n + m] / total;
     }
   }
-  void listen(int i, const T* probabilities, T* to, const int* places) const {
+  // to[pair] = sum over m of coefficient[m][pair] * (what unit m has for the pair's head)
+  void gather_units(const T* coefficients, int64_t at, int size, T* const* to) const {
+    RIM_PER_LENGTH(size, gather_units_of<VECTORS>(coefficients, at, size, to))
+  }
+  template <int VECTORS>
+  void gather_units_of(const T* coefficients, int64_t at, int size, T* const* to) const {
+    size = length<VECTORS>(size);
+    constexpr int N = VECTORS ? VECTORS : 1;
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      for (int d = 0; d < size; d += N * WIDTH<T>) {
+        const int64_t from = at + int64_t(head_of[pair]) * size + d;
+        Vec<T> total[N] = {};
+        for (int m = 0; m < n; ++m) {
+          const Vec<T> coefficient = fill<T>(coefficients[m * ld_pairs + pair]);
+          for (int v = 0; v < N; ++v) total[v] += coefficient * load(reads[m] + from + v * WIDTH<T>, size - d - v * WIDTH<T>);
+        }
+        for (int v = 0; v < N; ++v) store(to[pair] + d + v * WIDTH<T>, total[v], size - d - v * WIDTH<T>);
+      }
+  }
+  // to, for each head: the sum over winners of coefficient[pair] * part[pair]
+  void gather_winners(const T* coefficients, T* const* parts, int size, T* to) const {
+    RIM_PER_LENGTH(size, gather_winners_of<VECTORS>(coefficients, parts, size, to))
+  }
+  template <int VECTORS>
+  void gather_winners_of(const T* coefficients, T* const* parts, int size, T* to) const {
+    size = length<VECTORS>(size);
+    constexpr int N = VECTORS ? VECTORS : 1;
     for (int head = 0; head < s.comm_heads; ++head)
-      for (int d = 0; d < s.comm_value; d += WIDTH<T>) {
-        const int at = head * s.comm_value + d, left = s.comm_value - d;
-        Vec<T> total{};
-        for (int m = 0; m < n; ++m) total += probabilities[head * n + m] * load(read_of(i, m, places) + s.e() + at, left);
-        store(to + at, total, left);
+      for (int d = 0; d < size; d += N * WIDTH<T>) {
+        Vec<T> total[N] = {};
+        for (int64_t pair = head; pair < pairs; pair += s.comm_heads) {
+          const Vec<T> coefficient = fill<T>(coefficients[pair]);
+          for (int v = 0; v < N; ++v) total[v] += coefficient * load(parts[pair] + d + v * WIDTH<T>, size - d - v * WIDTH<T>);
+        }
+        for (int v = 0; v < N; ++v) store(to + head * size + d + v * WIDTH<T>, total[v], size - d - v * WIDTH<T>);
       }
   }
+#undef RIM_PER_LENGTH
 
+  void attend() const {
+    dots(asking, 0, s.comm_key, probabilities);
+    for (int64_t first = 0; first < pairs; first += WIDTH<T>) {
+      T* score = probabilities + first;
+      Vec<T> highest = load(score), total{};
+      for (int m = 1; m < n; ++m) {
+        const Vec<T> other = load(score + m * ld_pairs);
+        highest = other > highest ? other : highest;
+      }
+      for (int m = 0; m < n; ++m) {
+        const Vec<T> power = exp<T>((load(score + m * ld_pairs) - highest) * T(s.comm_scale));
+        total += power;
+        store(score + m * ld_pairs, power);
+      }
+      total = T(1) / total;
+      for (int m = 0; m < n; ++m) store(score + m * ld_pairs, load(score + m * ld_pairs) * total);
+    }
+  }
   void forward() {
     for (int i = 0; i < most; ++i) {
       for (int j = 0; j < n; ++j) {
@@ -374,18 +464,23 @@ struct Block {
       for (int r = 0; r < rows; ++r) copy(talk.a(r), tilde + (row[j * most + r] * n + j) * p, p);
       multiply(rows, talk.a(0), talk.ld_a, W.unit[j].read, of_unit(read, j, ld_read), ld_read);
       multiply(won[j], talk.a(0), talk.ld_a, W.unit[j].ask, of_unit(ask, j, ld_ask), ld_ask);
-      zero(talk.b(0), int64_t(rows) * talk.ld_b);
+      for (int r = won[j]; r < rows; ++r) zero(talk.b(r) + e + w, e);  // losers did not ask
       for (int r = 0; r < won[j]; ++r) copy(output.b(r), dh + (row[j * most + r] * n + j) * p, p);
       multiply(won[j], output.b(0), output.ld_b, W.unit_t[j].output, of_unit(dheard, j, ld_heard), ld_heard);
     }
-    for (int i = 0; i < rows; ++i)
+    for (int i = 0; i < rows; ++i) {
       for (int a = 0; a < k; ++a) {
         const int j = winners[i * k + a], r = place[i * n + j];
-        const T* probabilities = problem.saved.probabilities + (position(i) * k + a) * s.comm_heads * n;
-        listen(i, probabilities, output_panel[j].a(r), place);
-        attend_backward(i, probabilities, of_unit(ask, j, ld_ask) + r * ld_ask, of_unit(dheard, j, ld_heard) + r * ld_heard,
-                        talk_panel[j].b(r) + e + w);
+        share(asking, a, of_unit(ask, j, ld_ask) + r * ld_ask, s.comm_key);
+        share(hearing, a, output_panel[j].a(r), s.comm_value);
+        share(dhearing, a, of_unit(dheard, j, ld_heard) + r * ld_heard, s.comm_value);
+        share(dasking, a, talk_panel[j].b(r) + e + w, s.comm_key);
       }
+      for (int m = 0; m < n; ++m) copy(probabilities + m * ld_pairs, problem.saved.probabilities + (position(i) * n + m) * pairs, pairs);
+      find_reads(i, place);
+      gather_units(probabilities, s.e(), s.comm_value, hearing);
+      attend_backward(i);
+    }
     for (int j = 0; j < n; ++j) {
       Panel<T>& talk = talk_panel[j];
       multiply(rows, talk.b(0), talk.ld_b, W.unit_t[j].read, dasked, ld_state);
@@ -395,24 +490,22 @@ struct Block {
       output_panel[j].rows += won[j];
     }
   }
-  void attend_backward(int i, const T* probabilities, const T* asking, const T* dheard_, T* dasking) const {
-    for (int head = 0; head < s.comm_heads; ++head) {
-      const T* probability = probabilities + head * n;
-      const int at_key = head * s.comm_key, at_value = s.e() + head * s.comm_value;
-      const T* dlistened = dheard_ + head * s.comm_value;
-      T mean = 0;
+  void attend_backward(int i) const {
+    dots(dhearing, s.e(), s.comm_value, dscores);
+    for (int64_t first = 0; first < pairs; first += WIDTH<T>) {
+      Vec<T> mean{};
+      for (int m = 0; m < n; ++m) mean += load(probabilities + m * ld_pairs + first) * load(dscores + m * ld_pairs + first);
       for (int m = 0; m < n; ++m) {
-        dscores[m] = dot(dlistened, read_of(i, m, place) + at_value, s.comm_value);
-        mean += probability[m] * dscores[m];
-      }
-      for (int m = 0; m < n; ++m) {
-        const T dscore = probability[m] * (dscores[m] - mean) * T(s.comm_scale);
-        T* dread = talk_panel[m].b(place[i * n + m]);
-        add(dread + at_value, dlistened, s.comm_value, probability[m]);
-        add(dread + at_key, asking + at_key, s.comm_key, dscore);
-        add(dasking + at_key, read_of(i, m, place) + at_key, s.comm_key, dscore);
+        T* dscore = dscores + m * ld_pairs + first;
+        store(dscore, load(probabilities + m * ld_pairs + first) * (load(dscore) - mean) * T(s.comm_scale));
       }
     }
+    for (int m = 0; m < n; ++m) {
+      T* dread = talk_panel[m].b(place[i * n + m]);
+      gather_winners(dscores + m * ld_pairs, asking, s.comm_key, dread);
+      gather_winners(probabilities + m * ld_pairs, dhearing, s.comm_value, dread + s.e());
+    }
+    gather_units(dscores, 0, s.comm_key, dasking);
   }
 
   void dynamics_backward() {

@@ -96,6 +96,30 @@ RIM_INLINE T sum(Vec<T> v) {
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
+// The sums of WIDTH vectors, as one vector: pairs are folded into halves, quarters, and so on.
+#if defined(__clang__)
+template <class T>
+RIM_INLINE Vec<T> sums(Vec<T>* v) {
+  Vec<T> all{};
+  for (int i = 0; i < WIDTH<T>; ++i) all[i] = sum<T>(v[i]);
+  return all;
+}
+#else
+template <class T, int HALF = WIDTH<T> / 2>
+RIM_INLINE Vec<T> sums(Vec<T>* v) {
+  IVec<T> low{}, high{};
+  for (int i = 0; i < WIDTH<T>; ++i) {
+    low[i] = i / (2 * HALF) * (2 * HALF) + i % HALF + (i % (2 * HALF) < HALF ? 0 : WIDTH<T>);
+    high[i] = low[i] + HALF;
+  }
+  for (int i = 0; i < HALF; ++i) v[i] = __builtin_shuffle(v[i], v[i + HALF], low) + __builtin_shuffle(v[i], v[i + HALF], high);
+  if constexpr (HALF == 1)
+    return v[0];
+  else
+    return sums<T, HALF / 2>(v);
+}
+#endif
+
 template <class T>
 RIM_INLINE T dot(const T* a, const T* b, int size) {
   Vec<T> total{};
