@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict, TypeVar, Unpack, override
 
+from rim_rnn import native
 from rim_rnn.communication import Communication
 from rim_rnn.dynamics import GRU, LSTM, State
 from rim_rnn.input_attention import InputAttention, compete
@@ -310,6 +311,19 @@ class RIMCell(nn.Module, Generic[StateT]):
             output = output.view(*input.shape[:2], output.size(-1))
         return output, last, traces[::-1] if reverse else traces
 
+    def run(
+        self,
+        input: Tensor,
+        state: State,
+        batch_sizes: list[int] | None = None,
+        reverse: bool = False,
+        record: bool = False,
+    ) -> tuple[Tensor, State, list[Trace]]:
+        """:meth:`scan`, by the native operator where :func:`rim_rnn.native.supports` has no reason to decline."""
+        if native.supports(self, input, state, record) is None:
+            return *native.scan(self, input, state, batch_sizes, reverse), []
+        return self.scan(input, state, batch_sizes, reverse, record)
+
     def state_sizes(self) -> dict[str, int]:
         """The features of each state by its name."""
         sizes = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
@@ -373,7 +387,7 @@ class RIMCell(nn.Module, Generic[StateT]):
                     raise RuntimeError(f"Expected {name}_0 size {(*input.shape[:-1], size)}, got {tuple(s.shape)}")
             state = tuple(self.check_alike(f"{name}_0", s) for s, name in zip(state, "hc", strict=False))
             state = state if batched else tuple(s.unsqueeze(0) for s in state)
-        _, state, _ = self.scan(x.unsqueeze(0), state)
+        _, state, _ = self.run(x.unsqueeze(0), state)
         dtype = autocast_result_dtype(given, x.device, fused=False)
         if dtype is not None:
             state = tuple(s.to(dtype) for s in state)

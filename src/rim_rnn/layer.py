@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack, override
 
+from rim_rnn import native
 from rim_rnn.cell import RIMCell, StateT, UnitOptions
 from rim_rnn.dynamics import State
 from rim_rnn.recording import Record, assemble
@@ -281,6 +282,27 @@ class RIM(nn.Module, Generic[StateT]):
         """A copy or pickle made inside :func:`record` is not recorded."""
         return {name: value for name, value in self.__dict__.items() if name != "_recorders"}
 
+    def path(self, input: Tensor | PackedSequence) -> str:
+        """Which path a forward with this input takes, and why.
+
+        Args:
+            input: As the forward takes it.
+
+        Returns:
+            ``"native"``, or ``"readable: "`` and the first reason for declining the native operator. Both give the same
+            results up to rounding; the native one is faster.
+
+        Example:
+            >>> import torch
+            >>> from rim_rnn import RIM
+            >>> RIM(10, 20, device="meta").path(torch.zeros(5, 3, 10, device="meta"))  # doctest: +ELLIPSIS
+            'readable: ...'
+        """
+        x = input.data if isinstance(input, PackedSequence) else input
+        reasons = (native.supports(cell, x, (), bool(self._recorders)) for cell in self._cells())
+        reason = next((r for r in reasons if r is not None), None)
+        return "native" if reason is None else f"readable: {reason}"
+
     def _cells(self) -> list[RIMCell[Any]]:
         return cast("list[RIMCell[Any]]", list(self.cells))
 
@@ -361,7 +383,7 @@ class RIM(nn.Module, Generic[StateT]):
             outputs = []
             for direction in range(self.num_directions):
                 index = layer * self.num_directions + direction
-                output, final, trace = cells[index].scan(x, first[index], sizes, direction == 1, bool(self._recorders))
+                output, final, trace = cells[index].run(x, first[index], sizes, direction == 1, bool(self._recorders))
                 outputs.append(output)
                 last.append(final)
                 traces.append(trace)
