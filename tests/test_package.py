@@ -1,0 +1,211 @@
+"""What is installed: the files, the metadata, the imports, the public names and their signatures."""
+
+import ast
+import email
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import rim_rnn
+from rim_rnn import RIM, RIMCell, record
+from rim_rnn.cell import UnitOptions
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "src" / "rim_rnn"
+MODULES = {path.name for path in SOURCES.glob("*.py")}
+
+# ---------------------------------------------------------------- the distribution
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The source distribution of a copy of the project and the wheel made from it, without the native operator."""
+    pytest.importorskip("build")
+    place = tmp_path_factory.mktemp("package")
+    shutil.copytree(
+        ROOT,
+        place / "project",
+        ignore=lambda folder, names: [
+            name
+            for name in names
+            if name.startswith((".", "_native", "__pycache__"))
+            or name.endswith(".egg-info")
+            or name in ("build", "dist", "runs")
+        ],
+    )
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place), str(place / "project")]
+    done = subprocess.run(command, env=os.environ | {"RIM_RNN_NATIVE": "0"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,), (wheel,) = place.glob("*.tar.gz"), place.glob("*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+def test_wheel_holds_the_modules_and_the_licence(archives: dict[str, Path]) -> None:
+    names = zipfile.ZipFile(archives["wheel"]).namelist()
+    package = {name for name in names if ".dist-info/" not in name}
+    assert package == {f"rim_rnn/{name}" for name in MODULES | {"py.typed"}}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert archives["wheel"].name == f"rim_rnn-{rim_rnn.__version__}-py3-none-any.whl"
+
+
+def test_source_distribution_holds_what_a_build_needs(archives: dict[str, Path]) -> None:
+    with tarfile.open(archives["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "src/rim_rnn/py.typed"} <= names
+    assert {f"src/rim_rnn/{name}" for name in MODULES} <= names
+    assert {f"src/rim_rnn/csrc/{path.name}" for path in (SOURCES / "csrc").glob("*.*")} <= names
+    assert not [name for name in names if name.split("/")[0] in ("tests", "examples", "docs")]
+
+
+def test_metadata(archives: dict[str, Path]) -> None:
+    archive = zipfile.ZipFile(archives["wheel"])
+    (path,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(path))
+    required = [entry for entry in metadata.get_all("Requires-Dist", []) if "extra ==" not in entry]
+    assert sorted(re.split(r"[^\w-]", entry)[0] for entry in required) == ["torch", "typing-extensions"]
+    assert metadata.get_all("Provides-Extra") == ["examples", "docs", "test"]
+    assert metadata["Version"] == rim_rnn.__version__
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert {"Homepage", "Documentation", "Changelog", "Issues"} <= {
+        url.split(",")[0] for url in metadata.get_all("Project-URL", [])
+    }
+    assert "Typing :: Typed" in metadata.get_all("Classifier", [])
+
+
+def test_one_version_everywhere() -> None:
+    assert f"\nversion: {rim_rnn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {rim_rnn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ---------------------------------------------------------------- imports
+
+ALONE = """
+import sys
+
+class Nothing:  # but torch, typing-extensions and the standard library
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if path is None and top not in {*sys.stdlib_module_names, *allowed}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+allowed = {"torch", "torchgen", "functorch", "typing_extensions", "rim_rnn"}
+allowed |= {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "fsspec"}  # what torch itself requires
+sys.meta_path.insert(0, Nothing())
+import torch, typing_extensions
+before = set(sys.modules)
+import rim_rnn
+print(*sorted(set(sys.modules) - before))
+print(rim_rnn.__file__)
+for rnn in rim_rnn.RIM(4, 12), rim_rnn.RIM(4, 12, rnn_cell="GRU"):
+    with rim_rnn.record(rnn) as records:
+        rnn(torch.randn(5, 3, 4))[0].sum().backward()
+    assert len(records) == 1
+"""
+
+
+def test_the_wheel_runs_with_torch_alone(archives: dict[str, Path], tmp_path: Path) -> None:
+    """Importing loads no module of anyone else's, nor any part of torch that `import torch` has not loaded."""
+    zipfile.ZipFile(archives["wheel"]).extractall(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", ALONE]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    new, place = done.stdout.splitlines()
+    assert Path(place).parent == tmp_path / "rim_rnn"
+    foreign = {name for name in new.split() if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert foreign == {"rim_rnn"} | {f"rim_rnn.{name[:-3]}" for name in MODULES} - {"rim_rnn.__init__"}
+
+
+def test_sources_import_nothing_else() -> None:
+    for path in SOURCES.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+                assert node.level == 0, path
+            for name in names:
+                top = name.partition(".")[0]
+                assert top in sys.stdlib_module_names or top in ("torch", "typing_extensions", "rim_rnn"), (path, name)
+
+
+# ---------------------------------------------------------------- public names and signatures
+
+
+def test_public_names() -> None:
+    modules = {name[:-3] for name in MODULES}
+    assert rim_rnn.__all__ == ["RIM", "RIMCell", "record"]
+    assert {name for name in vars(rim_rnn) if not name.startswith("_")} - modules == {"RIM", "RIMCell", "record"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", rim_rnn.__version__)
+
+
+OPTIONS = {
+    "num_units": None,
+    "k": None,
+    "rnn_cell": "LSTM",
+    "key_size_input": 64,
+    "value_size_input": None,
+    "query_size_input": None,
+    "num_input_heads": 1,
+    "input_dropout": 0.0,
+    "key_size_comm": 32,
+    "value_size_comm": None,
+    "query_size_comm": None,
+    "num_comm_heads": 4,
+    "comm_dropout": 0.0,
+}
+
+
+def parameters(function: Any, kind: Any) -> list[tuple[str, Any]]:
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.kind is kind]
+
+
+POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+
+
+def test_signature_of_the_layer() -> None:
+    """The positional part is nn.LSTM's, which hands everything after its mode to RNNBase."""
+    torchs = [p for p in parameters(nn.RNNBase.__init__, POSITIONAL) if p[0] != "mode"]
+    assert parameters(RIM.__init__, POSITIONAL) == torchs
+    assert dict(parameters(RIM.__init__, KEYWORD)) == OPTIONS
+
+
+def test_signature_of_the_cell() -> None:
+    assert parameters(RIMCell.__init__, POSITIONAL) == parameters(nn.LSTMCell.__init__, POSITIONAL)
+    assert dict(parameters(RIMCell.__init__, KEYWORD)) == {"proj_size": 0} | OPTIONS
+
+
+def test_signatures_of_forward() -> None:
+    assert parameters(RIM.forward, POSITIONAL) == parameters(nn.LSTM.forward, POSITIONAL)
+    assert parameters(RIMCell.forward, POSITIONAL) == parameters(nn.LSTMCell.forward, POSITIONAL)
+
+
+def test_overloads_know_every_keyword() -> None:
+    assert {*UnitOptions.__annotations__, "rnn_cell"} == set(OPTIONS)
+
+
+@pytest.mark.parametrize("public", [RIM, RIMCell])
+def test_docstrings_list_the_arguments_in_order(public: type[nn.Module]) -> None:
+    text = inspect.getdoc(public) or ""
+    section = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    listed = re.findall(r"^ {4}(\w+):", section, flags=re.MULTILINE)
+    assert listed == list(inspect.signature(public).parameters)
+
+
+@pytest.mark.parametrize("public", [RIM, RIMCell, record])
+def test_docstrings_have_their_parts(public: Any) -> None:
+    text = inspect.getdoc(public) or ""
+    assert "Args:" in text
+    assert "Raises:" in text
+    assert ">>> " in text
+    assert "Goyal et al., 2021" in text
