@@ -5,7 +5,7 @@
 // could be the copy that needs AVX-512.
 //
 // Error against float64, over every float32 (tests/test_native.py samples it): exp, sigmoid and tanh within 3 units in the
-// last place in float32, within 4 in float64, as long as the result is a normal number.
+// last place, in float32 and in float64, as long as the result is a normal number.
 #pragma once
 
 #include <cstdint>

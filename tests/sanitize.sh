@@ -1,0 +1,16 @@
+#!/bin/sh
+# The native operator under AddressSanitizer and UndefinedBehaviorSanitizer, on the small cases of tests/test_native.py.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp -r src/rim_rnn "$work"
+rm -f "$work"/rim_rnn/_native.*
+torch=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
+${CXX:-g++} -shared -fPIC -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined \
+    -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "$torch/include" "$work"/rim_rnn/csrc/*.cpp \
+    -L"$torch/lib" -ltorch_cpu -o "$work/rim_rnn/_native.so"
+LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+    RIM_RNN_NATIVE=1 PYTHONPATH="$work" "$python" -m pytest -q -p no:cacheprovider tests/test_native.py \
+    -k "${1:-equals or float32 or threads or twice or row or strided or sizes}"

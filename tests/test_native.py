@@ -1,0 +1,419 @@
+"""The native operator is the readable path, faster: the same outputs, states and gradients, the same winners."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from rim_rnn import RIM, RIMCell, native, record
+
+pytestmark = pytest.mark.skipif(native._unavailable is not None, reason=str(native._unavailable))
+
+
+def make(**options: Any) -> RIMCell[Any]:
+    options = {"input_size": 5, "hidden_size": 24, "num_units": 4, "k": 3, "dtype": torch.float64} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return RIMCell(**options)
+
+
+def states(cell: RIMCell[Any], batch: int) -> tuple[Tensor, ...]:
+    dtype = cell.dynamics.weight_hh.dtype
+    return tuple(torch.randn(batch, size, dtype=dtype) for size in cell.state_sizes().values())
+
+
+def results_and_gradients(scan: Callable[..., Any], cell: RIMCell[Any], x: Tensor, state: Any, *rest: Any) -> dict[str, Tensor]:
+    x, *state = (t.detach().clone().requires_grad_() for t in (x, *state))
+    cell.zero_grad()
+    output, last = scan(cell, x, tuple(state), *rest)[:2]
+    generator = torch.Generator().manual_seed(1)
+    results = {"output": output, **{f"last {i}": s for i, s in enumerate(last)}}
+    loss = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results.values())
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    gradients = {"input": x, **{f"first {i}": s for i, s in enumerate(state)}, **dict(cell.named_parameters())}
+    zero = {name: torch.zeros_like(t) for name, t in gradients.items()}
+    return results | {f"gradient of {name}": zero[name] if t.grad is None else t.grad for name, t in gradients.items()}
+
+
+def assert_equal_paths(cell: RIMCell[Any], x: Tensor, state: Any, *rest: Any, tolerance: float = 1e-12) -> None:
+    """Each result differs by at most `tolerance` of its largest element, or of 1e-3 where all of them are smaller."""
+    assert native.supports(cell, x, state) is None
+    ours = results_and_gradients(native.scan, cell, x, state, *rest)
+    theirs = results_and_gradients(RIMCell.scan, cell, x, state, *rest)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert ours[name].shape == expected.shape, name
+        error = (ours[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+        assert error <= tolerance, f"{name} differs by {error:.1e}"
+
+
+@st.composite
+def cells(draw: st.DrawFn) -> dict[str, Any]:
+    """Every option of a cell, sizes that fill vectors and sizes that don't."""
+    n, u = draw(st.integers(1, 6)), draw(st.sampled_from([1, 2, 3, 7, 8, 17, 32]))
+    rnn_cell = draw(st.sampled_from(["LSTM", "GRU"]))
+    proj = draw(st.sampled_from([0, 0, 1, 3, 8])) if rnn_cell == "LSTM" else 0
+    return {
+        "input_size": draw(st.sampled_from([1, 2, 3, 9, 40])),
+        "hidden_size": n * u,
+        "bias": draw(st.booleans()),
+        "proj_size": n * proj if proj < u else 0,
+        "num_units": n,
+        "k": draw(st.integers(1, n)),
+        "rnn_cell": rnn_cell,
+        "key_size_input": draw(st.sampled_from([1, 3, 16])),
+        "value_size_input": draw(st.sampled_from([1, 5, 32])),
+        "num_input_heads": draw(st.integers(1, 3)),
+        "key_size_comm": draw(st.sampled_from([1, 5, 8, 32])),
+        "value_size_comm": draw(st.sampled_from([1, 3, 16, 32])),
+        "num_comm_heads": draw(st.integers(0, 4)),
+    }
+
+
+@given(cells(), st.integers(1, 6), st.integers(1, 9), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_equals_the_readable_path(
+    options: dict[str, Any], steps: int, batch: int, packed: bool, reverse: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    cell = make(**options)
+    x = torch.randn(steps, batch, cell.input_size, dtype=torch.float64)
+    sizes = None
+    if packed:
+        lengths = torch.randint(1, steps + 1, (batch,)).sort(descending=True).values
+        data = pack_padded_sequence(x, lengths)
+        x, sizes = data.data, data.batch_sizes.tolist()
+    assert_equal_paths(cell, x, states(cell, batch), sizes, reverse)
+
+
+@pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize(("input_size", "steps"), [(1, 40), (64, 9), (64, 1)])
+def test_float32_within_rounding(rnn_cell: str, input_size: int, steps: int) -> None:
+    """At the default sizes of a common cell, with the long panels of weight gradients in use (40 steps of 16 rows)."""
+    cell = make(input_size=input_size, hidden_size=96, num_units=6, k=4, rnn_cell=rnn_cell, dtype=torch.float32)
+    assert_equal_paths(cell, torch.randn(steps, 16, input_size), states(cell, 16), tolerance=2e-5)
+
+
+@settings(max_examples=10)
+@given(st.integers(2, 4), st.integers(1, 30))
+def test_any_number_of_threads(threads: int, batch: int) -> None:
+    """Outputs bit for bit, gradients up to the order of their sums; the same bits from run to run."""
+    cell = make(input_size=16, hidden_size=192, num_units=4, dtype=torch.float64)
+    x, state = torch.randn(6, batch, 16, dtype=torch.float64), states(cell, batch)
+    alone = results_and_gradients(native.scan, cell, x, state)
+    torch.set_num_threads(threads)
+    try:
+        together, again = (results_and_gradients(native.scan, cell, x, state) for _ in range(2))
+    finally:
+        torch.set_num_threads(1)
+    for name, expected in alone.items():
+        assert torch.equal(together[name], again[name]), name
+        if "gradient" in name:
+            torch.testing.assert_close(together[name], expected, rtol=1e-12, atol=1e-13)
+        else:
+            assert torch.equal(together[name], expected), name
+
+
+@pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU", "bias": False}, {"proj_size": 8, "num_comm_heads": 0}])
+def test_gradcheck(options: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 12, "key_size_input": 3, "value_size_input": 2, "key_size_comm": 2, "value_size_comm": 3}
+    cell = make(input_size=2, **sizes, **options)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    state = tuple(s.requires_grad_() for s in states(cell, 2))
+    names, parameters = zip(*cell.named_parameters(), strict=True)
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        given_parameters = dict(zip(names, rest[len(state) :], strict=True))
+        for name, value in given_parameters.items():
+            path, _, last = name.rpartition(".")
+            cell.get_submodule(path)._parameters[last] = value  # type: ignore[assignment]
+        output, last_state = native.scan(cell, x, rest[: len(state)])
+        return output, *last_state
+
+    inputs = (x, *state, *(p.detach().clone().requires_grad_() for p in parameters))
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_only_some_results_or_inputs_have_gradients() -> None:
+    cell = make()
+    x, state = torch.randn(4, 3, 5, dtype=torch.float64), states(cell, 3)
+    for pick in (lambda out: out[0], lambda out: out[1][0], lambda out: out[1][1]):
+        for wanted in (lambda x: [x], lambda x: [cell.dynamics.weight_hh]):
+            gradients = []
+            for scan in (native.scan, RIMCell.scan):
+                leaf = x.clone().requires_grad_()
+                gradients.append(torch.autograd.grad(pick(scan(cell, leaf, state)).sum(), wanted(leaf))[0])
+            torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
+
+
+def test_backward_twice_and_second_derivative() -> None:
+    cell, x = make(), torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    state = states(cell, 2)
+    output = native.scan(cell, x, state)[0].pow(2).sum()
+    first = torch.autograd.grad(output, x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(output, x, retain_graph=True)[0])
+    second = []
+    for scan in (native.scan, RIMCell.scan):
+        (g,) = torch.autograd.grad(scan(cell, x, state)[0].pow(2).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(g.pow(2).sum(), cell.dynamics.weight_hh)[0])
+    torch.testing.assert_close(*second, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(packed: bool) -> None:
+    for cell in (make(), make(rnn_cell="GRU", bias=False, num_comm_heads=0), make(proj_size=8)):
+        shape = (5, 5) if packed else (3, 2, 5)
+        x, state = torch.randn(*shape, dtype=torch.float64, requires_grad=True), states(cell, 2)
+        h, c = state if len(state) == 2 else (*state, None)
+        heads = cell.num_input_heads, cell.num_comm_heads
+        arguments = (x, h, c, *native._parameters(cell), [2, 2, 1] if packed else [], cell.k, *heads, packed)
+        torch.library.opcheck(torch.ops.rim_rnn.scan.default, arguments)
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        torch.library.opcheck(torch.ops.rim_rnn.infer.default, detached)
+        output, h_n, c_n, winners, saved = torch.ops.rim_rnn.scan.default(*detached)
+        grads = (torch.randn_like(output), torch.randn_like(h_n), None if c is None else torch.randn_like(c_n))
+        torch.library.opcheck(torch.ops.rim_rnn.scan_backward.default, (*grads, output, winners, saved, True, *detached))
+
+
+def test_compiles_whole() -> None:
+    torch.compiler.reset()
+    rnn = RIM(3, 24, num_layers=2, bidirectional=True, num_units=4, dtype=torch.float64)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    gradients = []
+    for layer in (rnn, compiled):
+        rnn.zero_grad()
+        output, (h_n, c_n) = layer(x)
+        (output.pow(2).sum() + h_n.sum() + c_n.pow(3).sum()).backward()
+        gradients.append((output, h_n, c_n, *[p.grad for p in rnn.parameters()]))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_equal_bids_go_to_the_lowest_unit() -> None:
+    cell = make(bias=False, k=2, num_units=6)
+    x = torch.randn(1, 3, 5, dtype=torch.float64)
+    h, c = (torch.zeros(3, 24, dtype=torch.float64) for _ in range(2))
+    _, (_, c_n) = native.scan(cell, x, (h, c))
+    assert torch.equal(c_n.view(3, 6, 4).ne(0).any(-1), torch.tensor([[True, True, False, False, False, False]] * 3))
+    with torch.no_grad():  # units 1 and 4 are the same and bid highest: of two equal bids, the lower index
+        for parameter in cell.input_attention.query.parameters():
+            parameter[4] = parameter[1]
+    h = torch.zeros(3, 6, 4, dtype=torch.float64)
+    h[:, [1, 4]] = torch.randn(4, dtype=torch.float64)
+    cell.k = 1
+    winners = []
+    for sign in (1, -1):
+        _, (_, c_n) = native.scan(cell, x * sign, (h.flatten(1), c))
+        winners.append(c_n.view(3, 6, 4).ne(0).any(-1))
+    assert not torch.stack(winners)[:, :, 4].any()
+    assert (winners[0] | winners[1])[:, 1].all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_row_stays_alone(bad: float) -> None:
+    cell = make(hidden_size=60, dtype=torch.float32)
+    x, state = torch.randn(4, 9, 5), states(cell, 9)
+    clean = native.scan(cell, x, state)
+    x[1, 4] = bad
+    output, last = native.scan(cell, x, state)
+    others = [i for i in range(9) if i != 4]
+    assert torch.equal(output[:, others], clean[0][:, others])
+    for ours, theirs in zip(last, clean[1], strict=True):
+        assert torch.equal(ours[others], theirs[others])
+    assert output[0].isfinite().all()
+    readable = cell.scan(x, state)[0]
+    assert torch.equal(output.isnan(), readable.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_gets_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
+    cell = make(input_size=40, hidden_size=60, dtype=dtype, value_size_input=3, key_size_input=2)  # products not folded
+    x, state = torch.randn(5, 23, 40, dtype=dtype), states(cell, 23)
+    output, last = native.scan(cell, x, state)
+    for rows in (slice(0, 1), slice(3, 10), slice(10, 23)):
+        part, part_last = native.scan(cell, x[:, rows], tuple(s[rows] for s in state))
+        assert torch.equal(part, output[:, rows])
+        assert all(torch.equal(a, b[rows]) for a, b in zip(part_last, last, strict=True))
+
+
+def test_strided_inputs_and_nothing_written() -> None:
+    cell = make()
+    x = torch.randn(3, 5, 7, dtype=torch.float64).permute(2, 0, 1)
+    state = tuple(s.t().contiguous().t() for s in states(cell, 3))
+    before = [t.clone() for t in (x, *state, *cell.parameters())]
+    expected = cell.scan(x, state)[0]
+    torch.testing.assert_close(native.scan(cell, x, state)[0], expected, rtol=1e-12, atol=1e-13)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *state, *cell.parameters()), strict=True))
+
+
+def test_in_place_edits_of_weights_are_seen() -> None:
+    cell = make()
+    x, state = torch.randn(2, 2, 5, dtype=torch.float64), states(cell, 2)
+    before = native.scan(cell, x, state)[0]
+    with torch.no_grad():
+        cell.dynamics.weight_hh.mul_(2)
+    after = native.scan(cell, x, state)[0]
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, cell.scan(x, state)[0], rtol=1e-12, atol=1e-13)
+
+
+def _run_in_child(queue: Any, cell: RIMCell[Any], x: Tensor, state: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        queue.put(native.scan(cell, x, state)[0].numpy())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_after_fork() -> None:
+    cell = make(hidden_size=96)
+    x, state = torch.randn(6, 12, 5, dtype=torch.float64), states(cell, 12)
+    expected = native.scan(cell, x, state)[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_run_in_child, args=(queue, cell, x, state))
+    child.start()
+    got = queue.get()
+    child.join()
+    assert torch.equal(torch.from_numpy(got), expected)
+
+
+ULPS = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from rim_rnn import RIMCell, native
+for dtype, bound, ceiling in ((torch.float32, 3, 80), (torch.float64, 3, 600)):
+    magnitude = torch.logspace(-8, 2.5, 60001, dtype=torch.float64).clamp(max=ceiling)
+    values = torch.cat([-magnitude.flip(0), torch.zeros(1, dtype=torch.float64), magnitude]).to(dtype)
+    cell = RIMCell(1, 512, num_units=8, k=8, value_size_input=1, key_size_input=1, num_comm_heads=0, dtype=dtype)
+    zeros, x = torch.zeros(1, 512, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype)
+    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in cell.parameters()), dtype=dtype), cell.parameters())
+    for name in ("sigmoid", "tanh"):
+        got = []
+        for part in torch.nn.functional.pad(values, (0, -len(values) % 512)).view(-1, 8, 64):
+            gates = (part, 0, 50, 0) if name == "sigmoid" else (50, 0, part, 0)  # c = sigmoid(i) tanh(g)
+            with torch.no_grad():
+                for gate, value in enumerate(gates):
+                    cell.dynamics.bias_ih[:, gate * 64 : (gate + 1) * 64] = value
+                got.append(native.scan(cell, x, (zeros, zeros))[1][1])
+        c, wide = torch.cat(got, dim=1)[0, : len(values)].double(), values.double()
+        exact = 1 / (1 + torch.exp(-wide)) if name == "sigmoid" else torch.tanh(wide)
+        unit = torch.nextafter(exact.to(dtype).abs(), torch.tensor(torch.inf, dtype=dtype)).double() - exact.to(dtype).abs()
+        error = ((c - exact).abs() / unit).max()
+        assert error <= bound, (dtype, name, error)
+"""
+
+SCAN = """
+import sys, torch
+sys.path.insert(0, "tests")
+import test_native
+for options in ({}, {"rnn_cell": "GRU", "hidden_size": 68}, {"proj_size": 12, "bias": False}):
+    cell = test_native.make(**options)
+    test_native.assert_equal_paths(cell, torch.randn(4, 9, 5, dtype=torch.float64), test_native.states(cell, 9))
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("program", [ULPS, SCAN], ids=["exp and tanh", "scan"])
+def test_every_instruction_set(isa: str, program: str) -> None:
+    """One that the processor does not have falls back to the baseline. ULPS: sigmoid and tanh against float64."""
+    environment = os.environ | {"RIM_RNN_ISA": isa, "OMP_NUM_THREADS": "1"}
+    root = os.path.dirname(os.path.dirname(__file__))
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=root)
+
+
+class Reason:
+    """One way to make a call that the operator declines, and a word of its reason."""
+
+    def __init__(self, word: str, change: Callable[[RIMCell[Any]], object] | None = None, **options: Any) -> None:
+        self.word, self.change, self.options = word, change, options
+
+
+REASONS = [
+    Reason("bfloat16", dtype=torch.bfloat16),
+    Reason("input_dropout", input_dropout=0.5),
+    Reason("comm_dropout", comm_dropout=0.5),
+    Reason("hook", lambda cell: cell.communication.register_forward_hook(lambda *a: None)),
+    Reason("hook", lambda cell: cell.input_attention.query.register_forward_pre_hook(lambda *a: None)),
+    Reason("parametrised", lambda cell: parametrize.register_parametrization(cell.dynamics, "weight_hh", nn.Identity())),
+    Reason("differ", lambda cell: cell.communication.float()),
+]
+
+
+@pytest.mark.parametrize("reason", REASONS, ids=lambda r: r.word)
+def test_declines_with_a_reason(reason: Reason) -> None:
+    cell = make(**reason.options)
+    x, state = torch.randn(2, 2, 5, dtype=cell.dynamics.weight_hh.dtype), states(cell, 2)
+    if reason.change:
+        reason.change(cell)
+    given_reason = native.supports(cell, x, state)
+    assert given_reason is not None
+    assert reason.word in given_reason
+    if "dropout" in reason.word:
+        assert native.supports(cell.eval(), x, state) is None
+
+
+def test_transforms_autocast_and_records_are_declined() -> None:
+    cell = make()
+    x, state = torch.randn(2, 2, 5, dtype=torch.float64), states(cell, 2)
+    assert native.supports(cell, x, state) is None
+    assert native.supports(cell, x, state, record=True) == "the call is recorded"
+    assert "empty" in str(native.supports(cell, x[:, :0], state))
+    with torch.autocast("cpu"):
+        assert native.supports(cell, x, state) == "autocast is on"
+    with native.readable():
+        assert native.supports(cell, x, state) == "switched off"
+    with torch.autograd.forward_ad.dual_level():
+        assert "forward-mode" in str(native.supports(cell, x, state))
+    seen = []
+    torch.func.vmap(lambda x: seen.append(native.supports(cell, x, state)) or x)(x)
+    assert "torch.func" in str(seen[0])
+
+
+def test_layers_say_which_path_they_take() -> None:
+    rnn = RIM(5, 24, num_units=4)
+    assert rnn.path(torch.randn(3, 2, 5)) == "native"
+    with native.readable():
+        assert rnn.path(torch.randn(3, 2, 5)) == "readable: switched off"
+    with record(rnn):
+        assert rnn.path(torch.randn(3, 2, 5)) == "readable: the call is recorded"
+
+
+@pytest.mark.parametrize(
+    ("position", "replacement", "message"),
+    [
+        (0, torch.zeros(3, 2, 4), r"input should have shape \(3, 2, 5\), got \(3, 2, 4\)"),
+        (0, torch.zeros(3, 2, 5, dtype=torch.float16), "input should be float32 or float64"),
+        (1, torch.zeros(2, 23), r"h_0 should have shape \(2, 24\), got \(2, 23\)"),
+        (2, torch.zeros(2, 24, dtype=torch.float64), "c_0 should have the dtype of input"),
+        (4, None, "input_attention.key.bias should be None for this cell"),
+        (10, torch.zeros(4, 6, 23), r"dynamics.weight_hh should have shape \(4, 6, 24\), got \(4, 6, 23\)"),
+        (14, torch.zeros(4, 6, 13), r"communication.query.weight.size\(2\)=13 should be divisible by num_comm_heads=4"),
+        (18, [2, 3], "batch_sizes should never grow"),
+        (19, 5, "k should be from 1 to num_units=4, got 5"),
+        (20, 3, "should be divisible by num_input_heads=3"),
+    ],
+)
+def test_sizes_are_checked_once_by_name(position: int, replacement: Any, message: str) -> None:
+    cell = make(dtype=torch.float32)
+    h, c = states(cell, 2)
+    arguments = [torch.zeros(3, 2, 5), h, c, *native._parameters(cell), [], cell.k, 1, 4, False]
+    if position == 18:
+        arguments[0] = torch.zeros(5, 5)
+    arguments[position] = replacement
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+        torch.ops.rim_rnn.infer.default(*arguments)
