@@ -1,0 +1,50 @@
+"""Sphinx: `python -m sphinx -W -n -b html docs docs/_build/html`, and `-b doctest` for the examples."""
+
+import rim_rnn
+
+project = "rim-rnn"
+author = "The rim-rnn authors"
+copyright = f"2026, {author}"
+release = version = rim_rnn.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+# The inventories come from the sites. Without network the plain-text ones beside this file, which hold only the names that
+# these pages use, stand in for them: the pages build offline too, and an unknown name is still an error.
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", (None, "inventories/python.txt")),
+    "torch": ("https://docs.pytorch.org/docs/stable", (None, "inventories/torch.txt")),
+}
+intersphinx_timeout = 5
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # one signature, as on the pages of torch.nn, instead of one per overload
+maximum_signature_line_length = 60
+mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"
+copybutton_exclude = ".linenos, .gp, .go"
+
+html_theme = "furo"
+html_title = "rim-rnn"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_logo = "_static/logo.svg"
+html_favicon = "_static/logo.svg"
+html_theme_options = {
+    "source_repository": "https://github.com/rim-rnn/rim-rnn/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+}
