@@ -13,12 +13,13 @@ constexpr int MR = RIM_TILE_ROWS;  // a tile of C held in registers: MR rows of 
 constexpr int NV = RIM_TILE_VECTORS;
 
 // The right operand, (inner, cols). Panel q starts at data + q * panel and holds up to NV vectors of each row, `ld` apart
-// (`last_ld` in the last panel). Columns run on to a multiple of the vector width.
+// (`last_ld` in the last panel). Columns run on to a multiple of the vector width. Or, by columns, column c lies at data + c * ld.
 template <class T>
 struct Matrix {
   const T* data;
   int inner, cols;
   int64_t panel, ld, last_ld;
+  bool by_columns;
 };
 
 template <class T>
@@ -29,7 +30,13 @@ constexpr int64_t packed_size(int inner, int cols) {
 // As it lies in memory, rows `ld` apart; every row readable up to pad(cols).
 template <class T>
 Matrix<T> in_place(const T* data, int inner, int cols, int64_t ld) {
-  return {data, inner, cols, NV * WIDTH<T>, ld, ld};
+  return {data, inner, cols, NV * WIDTH<T>, ld, ld, false};
+}
+
+// The transpose of what lies in memory, its rows `ld` apart.
+template <class T>
+Matrix<T> transposed(const T* data, int inner, int cols, int64_t ld) {
+  return {data, inner, cols, 0, ld, ld, true};
 }
 
 // A view of storage to be filled by pack().
@@ -37,26 +44,21 @@ template <class T>
 Matrix<T> panels(const T* storage, int inner, int cols) {
   constexpr int full = NV * WIDTH<T>;
   const int rest = cols % full;
-  return {storage, inner, cols, int64_t(inner) * full, full, rest ? pad<T>(rest) : full};
+  return {storage, inner, cols, int64_t(inner) * full, full, rest ? pad<T>(rest) : full, false};
 }
 
 // Rows [row, row + rows) of packed B from `from`, whose element (r, c) lies at r * row_step + c * col_step; zeros beyond.
 template <class T>
-void pack(const Matrix<T>& B, int row, int rows, const T* from, int64_t row_step, int64_t col_step, int col = 0, int cols = -1,
-          bool accumulate = false) {
-  T* data = const_cast<T*>(B.data);
-  const int full = NV * WIDTH<T>, end = cols < 0 ? B.cols : col + cols;
-  for (int first = col / full * full; first < end; first += full) {
-    const bool last = first + full >= B.cols;
-    const int64_t ld = last ? B.last_ld : B.ld;
-    T* panel = data + int64_t(first / full) * B.panel;
-    const int begin = first < col ? col - first : 0, stop = end - first < full ? end - first : full;
-    for (int r = 0; r < rows; ++r) {
-      T* to = panel + (row + r) * ld;
-      const T* source = from + r * row_step + (first - col) * col_step;
-      for (int c = begin; c < stop; ++c) to[c] = source[c * col_step] + (accumulate ? to[c] : T(0));
-      if (last && end == B.cols)
-        for (int c = stop; c < ld; ++c) to[c] = 0;
+void pack(const Matrix<T>& B, int row, int rows, const T* from, int64_t row_step, int64_t col_step) {
+  constexpr int full = NV * WIDTH<T>;
+  for (int first = 0; first < B.cols; first += full) {
+    const int left = B.cols - first, count = left < full ? left : full;
+    const int64_t ld = left > full ? B.ld : B.last_ld;
+    T* to = const_cast<T*>(B.data) + int64_t(first / full) * B.panel + row * ld;
+    for (int r = 0; r < rows; ++r, to += ld) {
+      const T* source = from + r * row_step + first * col_step;
+      for (int c = 0; c < count; ++c) to[c] = source[c * col_step];
+      for (int c = count; c < ld; ++c) to[c] = 0;
     }
   }
 }
@@ -99,11 +101,31 @@ void tiles(int rows, int inner, const T* A, int64_t a_step, const T* B, int64_t 
   }
 }
 
+// C = or += A B with B by columns, a vector of columns at a time: dot products, for few rows.
+template <class T>
+void multiply_columns(int rows, const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_step, bool accumulate) {
+  for (int first = 0; first < B.cols; first += WIDTH<T>) {
+    const int left = B.cols - first;
+    for (int r = 0; r < rows; ++r) {
+      Vec<T> products[WIDTH<T>] = {};
+      for (int i = 0; i < B.inner; i += WIDTH<T>) {
+        const Vec<T> a = load(A + r * a_step + i, B.inner - i);
+        for (int c = 0; c < WIDTH<T>; ++c)
+          products[c] += a * load(B.data + (first + (c < left ? c : 0)) * B.ld + i, B.inner - i);
+      }
+      T* to = C + r * c_step + first;
+      const Vec<T> total = sums<T>(products);
+      store(to, accumulate ? load(to, left) + total : total, left);
+    }
+  }
+}
+
 // C (rows, cols) = or += A B. Element (r, i) of A lies at r * a_step + i, or by column at i * a_step + r. Rows of C are c_step
 // apart and writable up to pad(cols).
 template <class T, bool BY_COLUMN = false>
 void multiply(int rows, const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_step, bool accumulate = false) {
   if (rows == 0) return;
+  if (B.by_columns) return multiply_columns(rows, A, a_step, B, C, c_step, accumulate);
   constexpr int full = NV * WIDTH<T>;
   for (int first = 0; first < B.cols; first += full) {
     const T* panel = B.data + int64_t(first / full) * B.panel;
@@ -117,6 +139,29 @@ void multiply(int rows, const T* A, int64_t a_step, const Matrix<T>& B, T* C, in
       RIM_VECTORS(1) RIM_VECTORS(2) RIM_VECTORS(3) RIM_VECTORS(4)
 #undef RIM_VECTORS
     }
+  }
+}
+
+// A right operand in parts: A's columns from `from` meet B and make C's columns from `to`.
+template <class T>
+struct Part {
+  int from, to;
+  bool accumulate;
+  Matrix<T> B;
+};
+template <class T>
+struct Parts {
+  int count = 0;
+  Part<T> part[6];
+
+  void add(int from, int to, bool accumulate, const Matrix<T>& B) { part[count++] = {from, to, accumulate, B}; }
+  const Matrix<T>& operator[](int i) const { return part[i].B; }
+};
+template <class T>
+void multiply(int rows, const T* A, int64_t a_step, const Parts<T>& parts, T* C, int64_t c_step, bool accumulate = false) {
+  for (int i = 0; i < parts.count; ++i) {
+    const Part<T>& part = parts.part[i];
+    multiply(rows, A + part.from, a_step, part.B, C + part.to, c_step, accumulate || part.accumulate);
   }
 }
 

@@ -19,15 +19,15 @@ struct Run {
     const Sizes& s = problem.s;
     Arena arena{static_cast<char*>(storage)}, one_block{nullptr};
     Run* run = arena.take<Run>(1);
-    const Weights<T> weights(s, arena, backward);
+    const Weights<T> weights(problem, arena, backward);
     Dense<T>* dense = arena.take<Dense<T>>(s.n);
-    for (int j = 0; j < s.n; ++j) {
+    for (int j = 0; j < s.n && !s.in_place; ++j) {
       const Dense<T> of_unit(s, arena);
       if (storage) dense[j] = of_unit;
     }
     Gradients<T>* gradients = arena.take<Gradients<T>>(s.blocks);
     for (int b = 0; b < s.blocks && backward; ++b) {
-      const Gradients<T> of_block(s, arena);
+      const Gradients<T> of_block(problem, arena);
       if (storage) gradients[b] = of_block;
     }
     Block<T>(problem, weights, one_block, 0, backward);
@@ -39,7 +39,7 @@ struct Run {
   static Run& at(void* storage) { return *static_cast<Run*>(storage); }
   static void prepare(void* storage, int task) {
     Run& run = at(storage);
-    rim::RIM_ISA::prepare(run.problem, run.weights, run.dense[task < run.problem.s.n ? task : 0], task, run.backward);
+    rim::RIM_ISA::prepare(run.problem, run.weights, run.dense, task, run.backward);
   }
   static void forward(void* storage, int block) {
     Run& run = at(storage);

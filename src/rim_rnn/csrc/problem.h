@@ -15,6 +15,7 @@ struct Sizes {
   int comm_heads, comm_key, comm_value;        // communication, likewise
   bool lstm, bias, projected, reverse;
   bool fold_key, fold_value;                   // multiply W^q W^e, or W^v W_ih, out first
+  bool in_place;                               // few rows: weights as they lie, none multiplied out or packed
   int blocks;                                  // batch row r belongs to block r % blocks
   int64_t batch, steps, total;                 // total = sum of batch_sizes
   const int64_t *batch_sizes, *offsets;        // of each step: rows present, and where they start in packed order

@@ -18,8 +18,9 @@ struct Panel {
   bool begun = false;
 
   Panel() = default;
-  Panel(Arena& arena, int cols_a, int cols_b, int rows_per_step) {
-    capacity = rows_per_step * ((255 + rows_per_step) / rows_per_step);
+  Panel(Arena& arena, int cols_a, int cols_b, int rows_per_step, int64_t steps) {
+    const int enough = (255 + rows_per_step) / rows_per_step;
+    capacity = rows_per_step * (steps < enough ? int(steps) : enough);
     ld_a = pad<T>(cols_a), ld_b = pad<T>(cols_b) + WIDTH<T>;
     A = arena.take<T>(int64_t(capacity) * ld_a);
     B = arena.take<T>(int64_t(capacity) * ld_b);
@@ -35,8 +36,6 @@ struct Block {
   const Weights<T>& W;
   const int block, most;  // most: rows of this block of the batch
   const int64_t n, k, u, p, p1, in1, K, H;
-  GateBlock gate_block[3];
-  int num_gate_blocks;
 
   // The step at hand.
   int rows;
@@ -71,7 +70,6 @@ struct Block {
   Block(const Problem<T>& problem_, const Weights<T>& W_, Arena& arena, int block_, bool backward)
       : problem(problem_), s(problem_.s), W(W_), block(block_), most(int((s.batch - block_ + s.blocks - 1) / s.blocks)),
         n(s.n), k(s.k), u(s.u), p(s.p), p1(s.p1()), in1(s.in1()), K(s.K()), H(s.heads) {
-    num_gate_blocks = gate_blocks(s, gate_block);
     const int64_t R = most;
     const int slack = WIDTH<T>;
     ld_x = pad<T>(in1), ld_key = pad<T>(H * s.key), ld_value = pad<T>(H * s.value), ld_query = pad<T>(H * s.S());
@@ -122,14 +120,14 @@ struct Block {
     talk_panel = arena.take<Panel<T>>(n);
     output_panel = arena.take<Panel<T>>(n);
     for (int j = 0; j < n; ++j) {
-      const Panel<T> gates_(arena, K, s.gates(), most), query_(arena, 0, H * s.S(), most);
-      const Panel<T> project_(arena, s.projected ? u : 0, s.projected ? p : 0, most);
-      const Panel<T> talk_(arena, s.comm_heads ? p : 0, 2 * s.e() + s.w(), most), output_(arena, s.w(), s.comm_heads ? p : 0, most);
+      const Panel<T> gates_(arena, K, s.gates(), most, s.steps), query_(arena, 0, H * s.S(), most, s.steps);
+      const Panel<T> project_(arena, s.projected ? u : 0, s.projected ? p : 0, most, s.steps);
+      const Panel<T> talk_(arena, s.comm_heads ? p : 0, 2 * s.e() + s.w(), most, s.steps), output_(arena, s.w(), s.comm_heads ? p : 0, most, s.steps);
       if (!arena.base) continue;
       gates_panel[j] = gates_, query_panel[j] = query_, project_panel[j] = project_, talk_panel[j] = talk_, output_panel[j] = output_;
     }
-    key_panel = Panel<T>(arena, s.fold_key ? 0 : H * s.key, in1, most);
-    value_panel = Panel<T>(arena, s.fold_value ? 0 : H * s.value, in1, most);
+    key_panel = Panel<T>(arena, s.fold_key ? 0 : H * s.key, in1, most, s.steps);
+    value_panel = Panel<T>(arena, s.fold_value ? 0 : H * s.value, in1, most, s.steps);
   }
 
   int64_t batch_row(int i) const { return block + int64_t(i) * s.blocks; }
@@ -224,8 +222,7 @@ struct Block {
       const int* rows_ = row + j * most;
       const int count = won[j];
       for (int r = 0; r < count; ++r) gather(rows_[r], state_of(rows_[r], j), a_input + (rows_[r] * n + j) * H, operand + int64_t(r) * ld_operand);
-      for (int b = 0; b < num_gate_blocks; ++b)
-        multiply(count, operand + gate_block[b].row, ld_operand, W.unit[j].gates[b], gates + gate_block[b].col, ld_gates);
+      multiply(count, operand, ld_operand, W.unit[j].gates, gates, ld_gates);
       for (int r = 0; r < count; ++r) {
         const int i = rows_[r];
         const int64_t at = position(i) * k + slot[j * most + r];
@@ -528,8 +525,7 @@ struct Block {
         else
           gru_backward(gate, panel.a(r), state + r * ld_state, panel.b(r), dh + (i * n + j) * p);
       }
-      for (int b = 0; b < num_gate_blocks; ++b)
-        multiply(count, panel.b(0) + gate_block[b].col, panel.ld_b, W.unit_t[j].gates[b], doperand + gate_block[b].row, ld_operand, b > 0);
+      multiply(count, panel.b(0), panel.ld_b, W.unit_t[j].gates, doperand, ld_operand);
       for (int r = 0; r < count; ++r) {
         T* dstate = dh + (rows_[r] * n + j) * p;
         if (s.lstm)
@@ -601,7 +597,7 @@ struct Block {
 
   // The gradient of x, through key and value where they are not folded.
   void project_backward() {
-    const auto through = [&](Panel<T>& panel, const Matrix<T>& weight_t) {
+    const auto through = [&](Panel<T>& panel, const Parts<T>& weight_t) {
       for (int i = 0; i < rows; ++i) copy(panel.b(i), x + i * ld_x, in1);
       if (problem.grad_input) multiply(rows, panel.a(0), panel.ld_a, weight_t, dx, ld_x, true);
       panel.rows += rows;
@@ -613,35 +609,29 @@ struct Block {
   }
 
   // The products that panels were filled for, if the next step might not fit, or at the end.
-  void sum_up(Gradients<T>& total, bool end) {
-    const auto flush = [&](Panel<T>& panel, auto&& product) {
+  void sum_up(const Gradients<T>& total, bool end) {
+    const auto into = [&](const Sums<T>& sums_, Panel<T>& panel, const Panel<T>& left) {  // A of `left`, B of `panel`
       if (!end && panel.rows + most <= panel.capacity) return;
-      product(panel, panel.begun);
+      for (int i = 0; i < sums_.count; ++i) {
+        const Sum<T>& sum = sums_.sum[i];
+        multiply<T, true>(sum.rows, left.A + sum.row, left.ld_a, in_place(panel.B + sum.col, panel.rows, sum.cols, panel.ld_b), sum.to, sum.ld, panel.begun);
+      }
       panel.begun = true;
       panel.rows = 0;
     };
-    const auto product = [](T* to, int rows_, int cols, const T* A, int64_t ld_a, const T* B, const Panel<T>& of) {
-      multiply<T, true>(rows_, A, ld_a, in_place(B, of.rows, cols, of.ld_b), to, pad<T>(cols), of.begun);
-    };
     for (int j = 0; j < n; ++j) {
-      UnitGradients<T>& unit = total.unit[j];
-      if (end || gates_panel[j].rows + most > gates_panel[j].capacity) {
-        Panel<T>& panel = gates_panel[j];
-        product(unit.query, p1, H * s.S(), panel.A, panel.ld_a, query_panel[j].B, query_panel[j]);
-        for (int b = 0; b < num_gate_blocks; ++b)
-          product(unit.gates[b], gate_block[b].rows, gate_block[b].cols, panel.A + gate_block[b].row, panel.ld_a, panel.B + gate_block[b].col, panel);
-        panel.rows = query_panel[j].rows = 0;
-        panel.begun = query_panel[j].begun = true;
-      }
-      flush(project_panel[j], [&](Panel<T>& panel, bool) { product(unit.project, s.projected ? u : 0, p, panel.A, panel.ld_a, panel.B, panel); });
-      flush(talk_panel[j], [&](Panel<T>& panel, bool) { product(unit.talk, p, 2 * s.e() + s.w(), panel.A, panel.ld_a, panel.B, panel); });
-      flush(output_panel[j], [&](Panel<T>& panel, bool) { product(unit.output, s.w(), p, panel.A, panel.ld_a, panel.B, panel); });
+      const UnitGradients<T>& unit = total.unit[j];
+      into(unit.query, query_panel[j], gates_panel[j]);
+      into(unit.gates, gates_panel[j], gates_panel[j]);
+      into(unit.project, project_panel[j], project_panel[j]);
+      into(unit.talk, talk_panel[j], talk_panel[j]);
+      into(unit.output, output_panel[j], output_panel[j]);
     }
-    flush(key_panel, [&](Panel<T>& panel, bool) { product(total.key, s.fold_key ? 0 : H * s.key, in1, panel.A, panel.ld_a, panel.B, panel); });
-    flush(value_panel, [&](Panel<T>& panel, bool) { product(total.value, s.fold_value ? 0 : H * s.value, in1, panel.A, panel.ld_a, panel.B, panel); });
+    into(total.key, key_panel, key_panel);
+    into(total.value, value_panel, value_panel);
   }
 
-  void backward(Gradients<T>& total) {
+  void backward(const Gradients<T>& total) {
     for (int i = 0; i < most; ++i) {
       const auto begin = [&](T* to, const T* from, int64_t size) { from ? copy(to + i * size, from + batch_row(i) * size, size) : zero(to + i * size, size); };
       begin(dh, problem.grad_last_h, n * p);

@@ -37,83 +37,214 @@ RIM_INLINE int gate_blocks(const Sizes& s, GateBlock* blocks) {
   return 3;
 }
 
-// The right operands, and their transposes for backward.
+// Columns of weight_ih, and where they are among the gates: an LSTM's are where they were, a GRU's n moves behind W_hn h.
+struct Columns {
+  int from, to, count;
+};
+RIM_INLINE int input_columns(const Sizes& s, Columns* columns) {
+  columns[0] = {0, 0, s.gates()};
+  if (s.lstm) return 1;
+  columns[0].count = 2 * s.u;
+  columns[1] = {2 * s.u, 3 * s.u, s.u};
+  return 2;
+}
+
+// The right operands, or their transposes for backward.
 template <class T>
 struct UnitWeights {
-  Matrix<T> query;     // (p1, heads * S)
-  Matrix<T> gates[3];  // the blocks
-  Matrix<T> project;   // (u, p)
-  Matrix<T> read;      // (p, e + w): keys and values
-  Matrix<T> ask;       // (p, e): queries
-  Matrix<T> output;    // (w, p)
+  Parts<T> query;    // (p1, heads * S); transposed without the bias, for the 1 has no gradient
+  Parts<T> gates;    // (K, 4u)
+  Parts<T> project;  // (u, p)
+  Parts<T> read;     // (p, e + w): keys and values
+  Parts<T> ask;      // (p, e): queries
+  Parts<T> output;   // (w, p)
 };
 template <class T>
 struct Weights {
-  Matrix<T> key, value;  // (in1, heads * size), where they are not folded
+  Parts<T> key, value;  // (in1, heads * size), where they are not folded
   UnitWeights<T>* unit;
-  Matrix<T> key_t, value_t;
+  Parts<T> key_t, value_t;
   UnitWeights<T>* unit_t;
 
-  Weights(const Sizes& s, Arena& arena, bool backward) {
-    key = place(arena, s.fold_key ? 0 : s.in1(), s.heads * s.key, false);
-    value = place(arena, s.fold_value ? 0 : s.in1(), s.heads * s.value, false);
-    unit = place_units(s, arena, false);
-    if (!backward) return;
-    key_t = place(arena, s.fold_key ? 0 : s.input, s.heads * s.key, true);
-    value_t = place(arena, s.fold_value ? 0 : s.input, s.heads * s.value, true);
-    unit_t = place_units(s, arena, true);
+  Weights(const Problem<T>& problem, Arena& arena, bool backward) {
+    const Sizes& s = problem.s;
+    const Parameters<const T>& P = problem.weight;
+    const int d_q = s.heads * s.key, d_v = s.heads * s.value;
+    unit = arena.take<UnitWeights<T>>(s.n);
+    unit_t = arena.take<UnitWeights<T>>(backward ? s.n : 0);
+    if (s.in_place) {
+      key.add(0, 0, false, transposed(P.key, s.input, d_q, s.input));
+      value.add(0, 0, false, transposed(P.value, s.input, d_v, s.input));
+      if (s.bias) key.add(s.input, 0, true, rim::RIM_ISA::in_place(P.key_bias, 1, d_q, d_q));
+      if (s.bias) value.add(s.input, 0, true, rim::RIM_ISA::in_place(P.value_bias, 1, d_v, d_v));
+    } else {
+      key = space(arena, s.fold_key ? 0 : s.in1(), d_q);
+      value = space(arena, s.fold_value ? 0 : s.in1(), d_v);
+    }
+    if (backward) key_t = space(arena, d_q, s.fold_key ? 0 : s.input), value_t = space(arena, d_v, s.fold_value ? 0 : s.input);
+    for (int j = 0; j < s.n; ++j) {
+      const UnitWeights<T> unit_ = s.in_place ? as_they_lie(problem, j) : packed(s, arena, false);
+      if (arena.base) unit[j] = unit_;
+      if (!backward) continue;
+      const UnitWeights<T> transpose = s.in_place ? as_they_lie_transposed(problem, j) : packed(s, arena, true);
+      if (arena.base) unit_t[j] = transpose;
+    }
   }
 
  private:
-  static Matrix<T> place(Arena& arena, int inner, int cols, bool transposed) {
-    if (transposed) {
-      const int rows = inner;
-      inner = cols, cols = rows;
-    }
-    return panels<T>(arena.take<T>(packed_size<T>(inner, cols)), inner, cols);
+  static Parts<T> space(Arena& arena, int inner, int cols) {
+    Parts<T> parts;
+    parts.add(0, 0, false, panels<T>(arena.take<T>(packed_size<T>(inner, cols)), inner, cols));
+    return parts;
   }
-  static UnitWeights<T>* place_units(const Sizes& s, Arena& arena, bool t) {
-    UnitWeights<T>* units = arena.take<UnitWeights<T>>(s.n);
+  // Space for prepare() to fill.
+  static UnitWeights<T> packed(const Sizes& s, Arena& arena, bool t) {
+    const auto either = [&](int inner, int cols) { return t ? space(arena, cols, inner) : space(arena, inner, cols); };
+    UnitWeights<T> unit;
+    unit.query = either(t ? s.p : s.p1(), s.heads * s.S());
     GateBlock blocks[3];
     const int count = gate_blocks(s, blocks);
-    for (int j = 0; j < s.n; ++j) {
-      UnitWeights<T> unit;
-      unit.query = place(arena, t ? s.p : s.p1(), s.heads * s.S(), t);  // the 1 has no gradient
-      for (int b = 0; b < count; ++b) unit.gates[b] = place(arena, blocks[b].rows, blocks[b].cols, t);
-      unit.project = place(arena, s.projected ? s.u : 0, s.p, t);
-      unit.read = place(arena, s.p, s.e() + s.w(), t);
-      unit.ask = place(arena, s.p, s.e(), t);
-      unit.output = place(arena, s.w(), s.p, t);
-      if (units) units[j] = unit;
+    for (int b = 0; b < count; ++b) {
+      const GateBlock& block = blocks[b];
+      const Matrix<T> matrix = either(block.rows, block.cols)[0];
+      t ? unit.gates.add(block.col, block.row, b > 0, matrix) : unit.gates.add(block.row, block.col, false, matrix);
     }
-    return units;
+    unit.project = either(s.projected ? s.u : 0, s.p);
+    unit.read = either(s.p, s.e() + s.w());
+    unit.ask = either(s.p, s.e());
+    unit.output = either(s.w(), s.p);
+    return unit;
+  }
+  static UnitWeights<T> as_they_lie(const Problem<T>& problem, int64_t j) {
+    const Sizes& s = problem.s;
+    const Parameters<const T>& P = problem.weight;
+    const int d_q = s.heads * s.key, d_v = s.heads * s.value, gates = s.weight_gates(), p = s.p, e = s.e(), w = s.w();
+    const auto part = [](const T* from, int inner, int cols, int ld) { return rim::RIM_ISA::in_place(from, inner, cols, ld); };
+    UnitWeights<T> unit;
+    unit.query.add(0, 0, false, part(P.query + j * p * d_q, p, d_q, d_q));
+    if (s.bias) unit.query.add(p, 0, true, part(P.query_bias + j * d_q, 1, d_q, d_q));
+    unit.gates.add(0, 0, false, part(P.weight_hh + j * p * gates, p, gates, gates));
+    if (s.bias) unit.gates.add(p, 0, true, part(P.bias_hh + j * gates, 1, gates, gates));
+    Columns columns[2];
+    const int groups = input_columns(s, columns);
+    for (int g = 0; g < groups; ++g) {
+      const Columns& c = columns[g];
+      if (s.bias) unit.gates.add(p, c.to, g == 0, part(P.bias_ih + j * gates + c.from, 1, c.count, gates));
+      unit.gates.add(s.p1(), c.to, g == 0 || s.bias, part(P.weight_ih + j * d_v * gates + c.from, d_v, c.count, gates));
+    }
+    if (s.projected) unit.project.add(0, 0, false, part(P.weight_hr + j * s.u * p, s.u, p, p));
+    if (!s.comm_heads) return unit;
+    unit.read.add(0, 0, false, part(P.comm_key + j * p * e, p, e, e));
+    unit.read.add(0, e, false, part(P.comm_value + j * p * w, p, w, w));
+    unit.ask.add(0, 0, false, part(P.comm_query + j * p * e, p, e, e));
+    unit.output.add(0, 0, false, part(P.comm_output + j * w * p, w, p, p));
+    return unit;
+  }
+  static UnitWeights<T> as_they_lie_transposed(const Problem<T>& problem, int64_t j) {
+    const Sizes& s = problem.s;
+    const Parameters<const T>& P = problem.weight;
+    const int d_q = s.heads * s.key, d_v = s.heads * s.value, gates = s.weight_gates(), p = s.p, e = s.e(), w = s.w();
+    UnitWeights<T> unit;
+    unit.query.add(0, 0, false, transposed(P.query + j * p * d_q, d_q, p, d_q));
+    unit.gates.add(0, 0, false, transposed(P.weight_hh + j * p * gates, gates, p, gates));
+    Columns columns[2];
+    const int groups = input_columns(s, columns);
+    for (int g = 0; g < groups; ++g)
+      unit.gates.add(columns[g].to, s.p1(), g > 0, transposed(P.weight_ih + j * d_v * gates + columns[g].from, columns[g].count, d_v, gates));
+    if (s.projected) unit.project.add(0, 0, false, transposed(P.weight_hr + j * s.u * p, p, s.u, p));
+    if (!s.comm_heads) return unit;
+    unit.read.add(0, 0, false, transposed(P.comm_key + j * p * e, e, p, e));
+    unit.read.add(e, 0, true, transposed(P.comm_value + j * p * w, w, p, w));
+    unit.ask.add(0, 0, false, transposed(P.comm_query + j * p * e, e, p, e));
+    unit.output.add(0, 0, false, transposed(P.comm_output + j * w * p, p, w, p));
+    return unit;
   }
 };
 
-// The gradients of the right operands, summed over the rows and steps of one block of the batch. Rows are padded.
+// Where a product of collected rows goes: columns of A from `row` times columns of B from `col`, summed in (rows, cols).
+template <class T>
+struct Sum {
+  int row, rows, col, cols;
+  T* to;
+  int64_t ld;
+};
+template <class T>
+struct Sums {
+  int count = 0;
+  Sum<T> sum[6];
+
+  void add(int row, int rows, int col, int cols, T* to, int64_t ld) { sum[count++] = {row, rows, col, cols, to, ld}; }
+};
+
+// The gradients of the right operands over the rows and steps of one block of the batch.
 template <class T>
 struct UnitGradients {
-  T *query, *gates[3], *project, *talk, *output;  // talk: (p, e + w + e), keys, values, queries
+  Sums<T> query, gates, project, talk, output;  // talk: (p, e + w + e), keys, values, queries
 };
 template <class T>
 struct Gradients {
-  T *key, *value;  // (heads * size, in1), where they are not folded
+  Sums<T> key, value;  // (heads * size, in1), where they are not folded
   UnitGradients<T>* unit;
-  Gradients(const Sizes& s, Arena& arena) {
+  T* row;              // one row of key or value
+
+  Gradients(const Problem<T>& problem, Arena& arena) {
+    const Sizes& s = problem.s;
     unit = arena.take<UnitGradients<T>>(s.n);
-    key = arena.take<T>(s.fold_key ? 0 : int64_t(s.heads) * s.key * pad<T>(s.in1()));
-    value = arena.take<T>(s.fold_value ? 0 : int64_t(s.heads) * s.value * pad<T>(s.in1()));
+    row = arena.take<T>(s.in1());
+    key = space(arena, s.fold_key ? 0 : s.heads * s.key, s.in1());
+    value = space(arena, s.fold_value ? 0 : s.heads * s.value, s.in1());
+    for (int j = 0; j < s.n; ++j) {
+      const UnitGradients<T> unit_ = s.in_place ? where_they_belong(problem, j) : apart(s, arena);
+      if (arena.base) unit[j] = unit_;
+    }
+  }
+
+ private:
+  static Sums<T> space(Arena& arena, int rows, int cols) {
+    Sums<T> sums_;
+    sums_.add(0, rows, 0, cols, arena.take<T>(int64_t(rows) * pad<T>(cols)), pad<T>(cols));
+    return sums_;
+  }
+  // For finish() to bring together.
+  static UnitGradients<T> apart(const Sizes& s, Arena& arena) {
+    UnitGradients<T> unit;
+    unit.query = space(arena, s.p1(), s.heads * s.S());
     GateBlock blocks[3];
     const int count = gate_blocks(s, blocks);
-    for (int j = 0; j < s.n; ++j) {
-      UnitGradients<T> g;
-      g.query = arena.take<T>(int64_t(s.p1()) * pad<T>(s.heads * s.S()));
-      for (int b = 0; b < count; ++b) g.gates[b] = arena.take<T>(int64_t(blocks[b].rows) * pad<T>(blocks[b].cols));
-      g.project = arena.take<T>(s.projected ? int64_t(s.u) * pad<T>(s.p) : 0);
-      g.talk = arena.take<T>(int64_t(s.p) * pad<T>(2 * s.e() + s.w()));
-      g.output = arena.take<T>(int64_t(s.w()) * pad<T>(s.p));
-      if (unit) unit[j] = g;
+    for (int b = 0; b < count; ++b) {
+      const GateBlock& block = blocks[b];
+      const Sum<T> sum = space(arena, block.rows, block.cols).sum[0];
+      unit.gates.add(block.row, block.rows, block.col, block.cols, sum.to, sum.ld);
     }
+    unit.project = space(arena, s.projected ? s.u : 0, s.p);
+    unit.talk = space(arena, s.comm_heads ? s.p : 0, 2 * s.e() + s.w());
+    unit.output = space(arena, s.w(), s.p);
+    return unit;
+  }
+  // The only block writes the parameters' gradients itself.
+  static UnitGradients<T> where_they_belong(const Problem<T>& problem, int64_t j) {
+    const Sizes& s = problem.s;
+    const Parameters<T>& G = problem.grad;
+    const int d_q = s.heads * s.key, d_v = s.heads * s.value, gates = s.weight_gates(), p = s.p, e = s.e(), w = s.w();
+    UnitGradients<T> unit;
+    unit.query.add(0, p, 0, d_q, G.query + j * p * d_q, d_q);
+    if (s.bias) unit.query.add(p, 1, 0, d_q, G.query_bias + j * d_q, d_q);
+    unit.gates.add(0, p, 0, gates, G.weight_hh + j * p * gates, gates);
+    if (s.bias) unit.gates.add(p, 1, 0, gates, G.bias_hh + j * gates, gates);
+    Columns columns[2];
+    const int groups = input_columns(s, columns);
+    for (int g = 0; g < groups; ++g) {
+      const Columns& c = columns[g];
+      if (s.bias) unit.gates.add(p, 1, c.to, c.count, G.bias_ih + j * gates + c.from, gates);
+      unit.gates.add(s.p1(), d_v, c.to, c.count, G.weight_ih + j * d_v * gates + c.from, gates);
+    }
+    if (s.projected) unit.project.add(0, s.u, 0, p, G.weight_hr + j * s.u * p, p);
+    if (!s.comm_heads) return unit;
+    unit.talk.add(0, p, 0, e, G.comm_key + j * p * e, e);
+    unit.talk.add(0, p, e, w, G.comm_value + j * p * w, w);
+    unit.talk.add(0, p, e + w, e, G.comm_query + j * p * e, e);
+    unit.output.add(0, w, 0, p, G.comm_output + j * w * p, p);
+    return unit;
   }
 };
 
@@ -124,7 +255,7 @@ struct Dense {
   T *query, *gates;         // (p1, heads * S), (K, 4u)
   T *key, *value;           // [W^e | b^e] and [W^v | b^v], (heads * size, in1); in finish, the unit's share of their gradients
   T *packed, *result;       // temporaries
-  T *talk, *sum;            // (p, e + w + e): keys, values and queries beside each other; one row of key or value
+  T* talk;                  // (p, e + w + e): keys, values and queries beside each other
 
   Dense(const Sizes& s, Arena& arena) {
     const int in1 = s.in1(), gates_ = s.weight_gates();
@@ -138,24 +269,11 @@ struct Dense {
     result = arena.take<T>(most(int64_t(s.p1()) * pad<T>(s.key), int64_t(s.value) * pad<T>(gates_),
                                 int64_t(s.value > s.key ? s.value : s.key) * pad<T>(in1)));
     talk = arena.take<T>(int64_t(s.p) * (2 * s.e() + s.w()));
-    sum = arena.take<T>(in1);
   }
 
  private:
   static int64_t most(int64_t a, int64_t b, int64_t c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 };
-
-// Columns of weight_ih, and where they are among the gates: an LSTM's are where they were, a GRU's n moves behind W_hn h.
-struct Columns {
-  int from, to, count;
-};
-RIM_INLINE int input_columns(const Sizes& s, Columns* columns) {
-  columns[0] = {0, 0, s.gates()};
-  if (s.lstm) return 1;
-  columns[0].count = 2 * s.u;
-  columns[1] = {2 * s.u, 3 * s.u, s.u};
-  return 2;
-}
 
 // [weight | bias], (rows, input) and (rows,) -> (rows, input + 1)
 template <class T>
@@ -168,23 +286,22 @@ void append_bias(T* to, const T* weight, const T* bias, int rows, int input) {
 
 // Tasks 0 to n - 1: the operands of a unit. Task n: key and value.
 template <class T>
-void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>& dense, int task, bool backward) {
+void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>* all_dense, int task, bool backward) {
   const Sizes& s = problem.s;
   const Parameters<const T>& P = problem.weight;
   const int d_q = s.heads * s.key, d_v = s.heads * s.value, in1 = s.in1();
   if (task == s.n) {
-    if (!s.fold_key) {
-      pack(W.key, 0, s.input, P.key, 1, s.input);
-      if (s.bias) pack(W.key, s.input, 1, P.key_bias, 0, 1);
-      if (backward) pack(W.key_t, 0, d_q, P.key, s.input, 1);
-    }
-    if (!s.fold_value) {
-      pack(W.value, 0, s.input, P.value, 1, s.input);
-      if (s.bias) pack(W.value, s.input, 1, P.value_bias, 0, 1);
-      if (backward) pack(W.value_t, 0, d_v, P.value, s.input, 1);
-    }
+    const auto shared = [&](const Parts<T>& to, const Parts<T>& to_t, const T* weight, const T* bias, int rows) {
+      if (!s.in_place) pack(to[0], 0, s.input, weight, 1, s.input);
+      if (!s.in_place && s.bias) pack(to[0], s.input, 1, bias, 0, 1);
+      if (backward) pack(to_t[0], 0, rows, weight, s.input, 1);
+    };
+    if (!s.fold_key) shared(W.key, W.key_t, P.key, P.key_bias, d_q);
+    if (!s.fold_value) shared(W.value, W.value_t, P.value, P.value_bias, d_v);
     return;
   }
+  if (s.in_place) return;
+  Dense<T>& dense = all_dense[task];
   const int64_t j = task;
   UnitWeights<T>& unit = W.unit[j];
 
@@ -203,8 +320,8 @@ void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>& dense, int task
     for (int r = 0; r < s.p; ++r) copy(dense.query + int64_t(r) * dense.ld_query, query + int64_t(r) * d_q, d_q);
     if (s.bias) copy(dense.query + int64_t(s.p) * dense.ld_query, query_bias, d_q);
   }
-  pack(unit.query, 0, s.p1(), dense.query, dense.ld_query, 1);
-  if (backward) pack(W.unit_t[j].query, 0, s.heads * s.S(), dense.query, 1, dense.ld_query);
+  pack(unit.query[0], 0, s.p1(), dense.query, dense.ld_query, 1);
+  if (backward) pack(W.unit_t[j].query[0], 0, s.heads * s.S(), dense.query, 1, dense.ld_query);
 
   // Gates: W_hh, the biases, then W_ih, or W_ih times [W^v | b^v].
   const int gates = s.weight_gates();
@@ -244,8 +361,8 @@ void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>& dense, int task
 
   if (s.projected) {
     const T* from = P.weight_hr + j * s.u * s.p;
-    pack(unit.project, 0, s.u, from, s.p, 1);
-    if (backward) pack(W.unit_t[j].project, 0, s.p, from, 1, s.p);
+    pack(unit.project[0], 0, s.u, from, s.p, 1);
+    if (backward) pack(W.unit_t[j].project[0], 0, s.p, from, 1, s.p);
   }
   if (s.comm_heads) {
     const int e = s.e(), w = s.w();
@@ -255,13 +372,13 @@ void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>& dense, int task
       copy(dense.talk + int64_t(r) * (e + w), key + int64_t(r) * e, e);
       copy(dense.talk + int64_t(r) * (e + w) + e, value + int64_t(r) * w, w);
     }
-    pack(unit.read, 0, s.p, dense.talk, e + w, 1);
-    pack(unit.ask, 0, s.p, ask, e, 1);
-    pack(unit.output, 0, w, output, s.p, 1);
+    pack(unit.read[0], 0, s.p, dense.talk, e + w, 1);
+    pack(unit.ask[0], 0, s.p, ask, e, 1);
+    pack(unit.output[0], 0, w, output, s.p, 1);
     if (backward) {
-      pack(W.unit_t[j].read, 0, e + w, dense.talk, 1, e + w);
-      pack(W.unit_t[j].ask, 0, e, ask, 1, e);
-      pack(W.unit_t[j].output, 0, s.p, output, 1, s.p);
+      pack(W.unit_t[j].read[0], 0, e + w, dense.talk, 1, e + w);
+      pack(W.unit_t[j].ask[0], 0, e, ask, 1, e);
+      pack(W.unit_t[j].output[0], 0, s.p, output, 1, s.p);
     }
   }
 }
@@ -276,13 +393,13 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
   const int d_q = s.heads * s.key, d_v = s.heads * s.value, in1 = s.in1();
   const auto total = [&](T* to, auto&& which, int rows, int cols, int64_t ld) {  // over the blocks of the batch
     for (int r = 0; r < rows; ++r) {
-      copy(to + r * ld, which(blocks_of_batch[0]) + int64_t(r) * pad<T>(cols), cols);
-      for (int b = 1; b < s.blocks; ++b) add(to + r * ld, which(blocks_of_batch[b]) + int64_t(r) * pad<T>(cols), cols);
+      copy(to + r * ld, which(blocks_of_batch[0]).to + int64_t(r) * pad<T>(cols), cols);
+      for (int b = 1; b < s.blocks; ++b) add(to + r * ld, which(blocks_of_batch[b]).to + int64_t(r) * pad<T>(cols), cols);
     }
   };
   if (task == s.n) {
     const auto shared = [&](T* weight, T* bias, bool folded, auto&& of_block, auto&& of_unit, int rows) {
-      T* sum = dense_of_units[0].sum;
+      T* sum = blocks_of_batch[0].row;
       for (int64_t r = 0; r < rows; ++r) {
         zero(sum, in1);
         if (folded)
@@ -293,15 +410,16 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
         if (bias) bias[r] = sum[s.input];
       }
     };
-    shared(G.key, G.key_bias, s.fold_key, [](const Gradients<T>& g) { return g.key; }, [](const Dense<T>& d) { return d.key; }, d_q);
-    shared(G.value, G.value_bias, s.fold_value, [](const Gradients<T>& g) { return g.value; }, [](const Dense<T>& d) { return d.value; }, d_v);
+    shared(G.key, G.key_bias, s.fold_key, [](const Gradients<T>& g) { return g.key.sum[0].to; }, [](const Dense<T>& d) { return d.key; }, d_q);
+    shared(G.value, G.value_bias, s.fold_value, [](const Gradients<T>& g) { return g.value.sum[0].to; }, [](const Dense<T>& d) { return d.value; }, d_v);
     return;
   }
+  if (s.in_place) return;
   const int64_t j = task;
   Dense<T>& dense = dense_of_units[j];
 
   // Query.
-  total(dense.query, [&](const Gradients<T>& g) { return g.unit[j].query; }, s.p1(), s.heads * s.S(), dense.ld_query);
+  total(dense.query, [&](const Gradients<T>& g) { return g.unit[j].query.sum[0]; }, s.p1(), s.heads * s.S(), dense.ld_query);
   T* query = G.query + j * s.p * d_q;
   T* query_bias = s.bias ? G.query_bias + j * d_q : nullptr;
   if (s.fold_key) append_bias(dense.key, P.key, P.key_bias, d_q, s.input);
@@ -334,7 +452,7 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
   GateBlock blocks[3];
   const int count = gate_blocks(s, blocks);
   for (int b = 0; b < count; ++b)
-    total(dense.gates + blocks[b].row * ld + blocks[b].col, [&](const Gradients<T>& g) { return g.unit[j].gates[b]; },
+    total(dense.gates + blocks[b].row * ld + blocks[b].col, [&](const Gradients<T>& g) { return g.unit[j].gates.sum[b]; },
           blocks[b].rows, blocks[b].cols, ld);
   for (int r = 0; r < s.p; ++r) copy(G.weight_hh + (j * s.p + r) * gates, dense.gates + r * ld, gates);
   Columns columns[2];
@@ -371,17 +489,17 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
   }
 
   if (s.projected)
-    total(G.weight_hr + j * s.u * s.p, [&](const Gradients<T>& g) { return g.unit[j].project; }, s.u, s.p, s.p);
+    total(G.weight_hr + j * s.u * s.p, [&](const Gradients<T>& g) { return g.unit[j].project.sum[0]; }, s.u, s.p, s.p);
   if (s.comm_heads) {
     const int e = s.e(), w = s.w(), talk = 2 * e + w;
-    total(dense.talk, [&](const Gradients<T>& g) { return g.unit[j].talk; }, s.p, talk, talk);
+    total(dense.talk, [&](const Gradients<T>& g) { return g.unit[j].talk.sum[0]; }, s.p, talk, talk);
     for (int64_t r = 0; r < s.p; ++r) {
       const T* from = dense.talk + r * talk;
       copy(G.comm_key + (j * s.p + r) * e, from, e);
       copy(G.comm_value + (j * s.p + r) * w, from + e, w);
       copy(G.comm_query + (j * s.p + r) * e, from + e + w, e);
     }
-    total(G.comm_output + j * w * s.p, [&](const Gradients<T>& g) { return g.unit[j].output; }, w, s.p, s.p);
+    total(G.comm_output + j * w * s.p, [&](const Gradients<T>& g) { return g.unit[j].output.sum[0]; }, w, s.p, s.p);
   }
 }
 
