@@ -9,13 +9,14 @@ The sections:
 cases    forward alone (no_grad) and forward with backward, each case of cases.py; and the floor, the arithmetic that the case
          needs over the rate of a large matrix product, measured in the same rounds
 scaling  the same as steps, batch, hidden size, units and active units double
-memory   peak memory of a training step as the number of steps doubles, each in a process of its own
+memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
 rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
 
 Writes PATH.json (native.json or readable.json) in the folder --out after every measurement, the two pictures at the end.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -35,6 +36,7 @@ import torch
 from cases import BASE, CASES, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
 
 import rim_rnn
+from rim_rnn import native
 
 HERE = Path(__file__).parent
 SECTIONS = ("cases", "scaling", "memory", "rival")
@@ -57,6 +59,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads should be at least 1")
+    if "memory" in args.sections and sys.platform != "linux":
+        parser.error("the section memory reads /proc/self/status, which only Linux has")
     if "rival" in args.sections and args.rival is None:
         parser.error("the section rival needs --rival PATH")
     if args.rival is not None and not (args.rival / "RIM.py").is_file():
@@ -91,6 +95,8 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     contestants = {}
     for name in ("RIM", "torch"):
         layer = build(name, case)
+        if name == "RIM" and (taken := layer.path(data.input).split(":")[0]) != args.path:
+            raise RuntimeError(f"{case} takes the path {taken}, not {args.path}")
         for way, call in calls(layer, list(layer.parameters()), data).items():
             contestants[f"{name} {way}"] = call
     size = 32 if args.smoke else 1024
@@ -165,7 +171,8 @@ def compare_rival(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, Case, Callable[[Case, argparse.Namespace], dict[str, Any]]]]:
     """What is to be measured: the section, the name in it, the case, and how."""
-    sections = args.sections or [s for s in SECTIONS if s != "rival" or args.rival]
+    possible = {"memory": sys.platform == "linux", "rival": args.rival}
+    sections = args.sections or [section for section in SECTIONS if possible.get(section, True)]
     if "cases" in sections:
         yield from (("cases", name, CASES[name], compare) for name in args.cases)
     if "scaling" in sections:
@@ -202,10 +209,11 @@ def cpu() -> str:
 
 
 def choose_path(asked: str | None) -> str:
-    """Make `asked` the path that RIM takes from now on, here and in processes started from here; say which one it is."""
-    if asked is not None:
-        os.environ["RIM_RNN_NATIVE"] = "1" if asked == "native" else "0"
-    return asked or "readable"
+    """The path to measure: the one asked for, or the package's own choice."""
+    chosen = rim_rnn.RIM(2, 12).path(torch.zeros(1, 1, 2))
+    if asked == "native" and chosen != "native":
+        sys.exit(f"--path native: RIM takes the path {chosen}")
+    return asked or ("native" if chosen == "native" else "readable")
 
 
 def setup(args: argparse.Namespace) -> dict[str, Any]:
@@ -217,6 +225,7 @@ def setup(args: argparse.Namespace) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": args.threads,
         "dtype": "float32",
+        "seed": 0,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -224,10 +233,12 @@ def setup(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def this_run(argv: list[str]) -> dict[str, Any]:
+def this_run(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures of one command share."""
+    command = ["python examples/speed/measure.py", *args.sections, f"--rounds {args.rounds} --path {args.path}"]
+    command += [f"--cases {' '.join(args.cases)}"] * (args.cases != list(CASES)) + ["--rival PATH"] * bool(args.rival)
     return {
-        "command": " ".join(["python examples/speed/measure.py", *argv]),
+        "command": " ".join(command),
         "commit": commit(),
         "version": rim_rnn.__version__,
         "load": [round(load, 2) for load in os.getloadavg()],
@@ -244,7 +255,6 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     args = arguments(argv)
     args.path = choose_path(args.path)
     args.least = 0.0 if args.smoke else 0.05
@@ -260,7 +270,13 @@ def main(argv: list[str] | None = None) -> None:
                 f"{path} holds figures of another machine or setup ({', '.join(differing)}): give another folder with --out"
             )
     args.out.mkdir(parents=True, exist_ok=True)
-    now, about = datetime.now(timezone.utc).isoformat(timespec="seconds"), this_run(argv)
+    with native.readable() if args.path == "readable" else contextlib.nullcontext():
+        run(args, path, document)
+
+
+def run(args: argparse.Namespace, path: Path, document: dict[str, Any]) -> None:
+    """Measure what is planned, write after every measurement, and show everything that the document then holds."""
+    now, about = datetime.now(timezone.utc).isoformat(timespec="milliseconds"), this_run(args)
     document["runs"][now] = about
     for section, name, case, measure in plan(args):
         entries = document.setdefault(section, {})

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 
 plt.switch_backend("Agg")  # needs no display
 
@@ -212,7 +213,7 @@ def draw_ratios(document: Entry, path: Path) -> None:
         ax.set_xscale("log", base=2)
         least, most = ax.get_xlim()
         ax.set_xlim(min(least, 0.5) / 1.25, max(most, 2) * 1.25)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:.2g}")
         ax.xaxis.grid(True)
         ax.set_yticks(places, [f"{name}\n" for name in cases], fontweight="bold")
         for place, entry in zip(places, cases.values(), strict=True):
@@ -271,8 +272,9 @@ def label_axes(ax: plt.Axes, x: list[int], below: str, beside: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(x, [str(value) for value in x])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.yaxis.set_minor_formatter("")
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.grid(True, which="major")
     ax.set_xlabel(below)
     ax.set_ylabel(beside)

@@ -1,0 +1,399 @@
+"""The speed example: what it counts, what its JSON keeps, what its table says. Nothing here looks at a measured time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rim_rnn import RIM, native
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "speed"
+
+sys.path.insert(0, str(EXAMPLE))
+
+import cases  # noqa: E402
+import measure  # noqa: E402
+import show  # noqa: E402
+from cases import Case, flops  # noqa: E402
+
+ACT = ["cases", "--cases", "act"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command in tiny sizes, with two points where it has many; the JSON that it leaves."""
+    monkeypatch.setattr(measure, "SCALING", {"steps": [25, 50], "k": [4]})
+    monkeypatch.setattr(measure, "MEMORY", {"steps": [100]})
+
+    def run(*argv: str) -> dict[str, Any]:
+        measure.main([*argv, "--smoke", "--threads", "1", "--path", "readable", "--out", str(tmp_path)])
+        return json.loads((tmp_path / "readable.json").read_text())
+
+    return run
+
+
+# The arithmetic.
+
+
+def test_flops_of_a_rim_by_hand() -> None:
+    case = Case(2, 3, 5, 8, num_units=2, k=1)  # 6 rows, units of 4, values of 16, 4 heads of 32 for keys and values
+    key = 2 * 6 * 5 * 64
+    gates_of_x = 2 * 5 * 16 * (2 * 16) + 2 * 6 * 5 * (2 * 16)
+    from_h = 2 * 6 * 4 * (64 + 16) * 2
+    from_new_h = 2 * 6 * 4 * (3 * 128) * 2
+    attention = 6 * (2 * 2 * 2 * 128 + 2 * 2 * 2 * 128)
+    output = 2 * 6 * 128 * 4 * 2
+    forward = key + gates_of_x + from_h + from_new_h + attention + output
+    assert forward == 80_000
+    assert flops("RIM", case, train=False) == forward
+    # Backward is twice that, less the gradient of h_0 for 3 of the 6 rows.
+    assert flops("RIM", case, train=True) == 3 * forward - from_h // 2
+    # One winner of two: half the recurrent gates, half the queries, half the attention, half the output.
+    spared = 2 * 6 * 4 * 16 + 2 * 6 * 4 * 128 + attention // 2 + output // 2
+    assert flops("RIM", case, train=False, winners_only=True) == forward - spared
+
+
+def test_flops_of_an_lstm_by_hand() -> None:
+    case = Case(2, 3, 1, 8)
+    assert flops("torch", case, train=False) == 2 * 6 * (1 + 8) * 32
+    # No gradient for a pixel, nor for h_0.
+    assert flops("torch", case, train=True) == 2 * 6 * (1 + 8) * 32 * 2 + 2 * 3 * 8 * 32
+
+
+def test_flops_of_the_paper_are_those_of_the_design() -> None:
+    a_step = {name: flops(name, cases.PAPER, train=False) / cases.PAPER.steps for name in ("RIM", "torch")}
+    assert a_step["RIM"] == pytest.approx(76.5e6, rel=0.01)
+    assert a_step["torch"] == pytest.approx(184.6e6, rel=0.001)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["forward", "train"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 2, 1, 12),
+        Case(30, 4, 3, 24, num_units=4, k=2, rnn_cell="GRU"),
+        Case(3, 2, 40, 12, value_size_comm=7),
+        Case(9, 4, 6, 24, num_layers=2, bidirectional=True),
+        Case(9, 4, 6, 24, shortest=2),
+    ],
+    ids=str,
+)
+def test_flops_are_those_that_torch_counts(case: Case, train: bool) -> None:
+    """Of the readable path, without biases, whose one product is not counted."""
+    layer = RIM(
+        case.input_size,
+        case.hidden_size,
+        case.num_layers,
+        bias=False,
+        bidirectional=case.bidirectional,
+        rnn_cell=case.rnn_cell,
+        num_units=case.num_units,
+        k=case.k,
+        value_size_comm=case.value_size_comm,
+    )
+    data = cases.Data(case)
+    data.leaf.requires_grad_(train and case.learned_input)  # the counter fails on a leaf inside no_grad
+    call = cases.calls(layer, list(layer.parameters()), data)["train" if train else "forward"]
+    with native.readable(), FlopCounterMode(display=False) as counter:
+        call()
+    assert flops("RIM", case, train) == counter.get_total_flops()
+
+
+# The cases.
+
+
+def test_packed_lengths_are_evenly_spread() -> None:
+    lengths = cases.CASES["packed"].lengths
+    steps = Counter(longer - shorter for longer, shorter in pairwise(lengths))
+    assert (lengths[0], lengths[-1], len(lengths)) == (196, 19, 64)
+    assert set(steps) == {2, 3}
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_both_layers_have_the_sizes_of_the_case(name: str) -> None:
+    case = cases.CASES[name]
+    with torch.device("meta"):
+        ours, torchs = cases.build("RIM", case), cases.build("torch", case)
+    for attribute in ("mode", "input_size", "hidden_size", "num_layers", "bidirectional"):
+        assert getattr(ours, attribute) == getattr(torchs, attribute)
+
+
+@pytest.mark.parametrize("name", ["paper", "packed", "bidirectional", "gru"])
+def test_a_training_step_leaves_the_gradients_of_one_pass(name: str) -> None:
+    case = cases.shrink(cases.CASES[name])
+    layer, data = cases.build("RIM", case), cases.Data(case)
+    parameters = list(layer.parameters())
+    train = cases.calls(layer, parameters, data)["train"]
+    train()
+    first = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    train()
+    assert len(first) == len(parameters)
+    assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(parameters, first, strict=True))
+    assert (data.leaf.grad is not None) == (case.input_size > 1)
+
+
+# The measurement.
+
+
+def test_everybody_takes_a_turn_in_every_round_and_nobody_is_always_first() -> None:
+    order: list[str] = []
+    seconds = measure.take_turns({name: (lambda name=name: order.append(name)) for name in "abc"}, rounds=4, least=0.0)
+    assert {name: len(turns) for name, turns in seconds.items()} == dict.fromkeys("abc", 4)
+    assert "".join(order[-12:]) == "abccbaabccba"
+
+
+def test_a_short_call_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Timer:
+        """A clock of our own: a call takes 1/1024 of a second."""
+
+        def __init__(self, call: Any) -> None: ...
+
+        def timeit(self, number: int) -> float:
+            asked.append(number)
+            return number / 1024
+
+    monkeypatch.setattr(measure.timeit, "Timer", Timer)
+    assert measure.take_turns({"a": lambda: None}, rounds=2, least=0.05) == {"a": [0.00097656, 0.00097656]}
+    assert asked[-1] == asked[-2]
+    assert 0.05 <= asked[-1] / 1024 < 0.06
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is one of the sections")
+def test_every_section_is_in_the_json(run: Any, tmp_path: Path) -> None:
+    document = run("--rounds", "2")
+    assert list(document["cases"]) == list(cases.CASES)
+    assert list(document["scaling"]) == ["steps=25", "steps=50", "k=4"]
+    assert list(document["memory"]) == ["steps=100"]
+    (about,) = document["runs"].values()
+    assert about["command"] == "python examples/speed/measure.py --rounds 1 --path readable"
+    assert {"commit", "version", "load"} <= about.keys()
+    assert {"cpu", "cores", "threads", "torch", "python", "seed"} <= document["setup"].keys()
+    assert (document["setup"]["path"], document["setup"]["smoke"]) == ("readable", True)
+    for entry in [*document["cases"].values(), *document["scaling"].values()]:
+        assert entry["run"] in document["runs"]
+        case = Case(**entry["case"])
+        for way in ("forward", "train"):
+            assert {name: len(rounds) for name, rounds in entry["seconds"][way].items()} == {"RIM": 1, "torch": 1}
+            assert entry["flops"][way]["RIM"] == flops("RIM", case, way == "train")
+            assert entry["flops"][way]["torch"] == flops("torch", case, way == "train")
+        assert entry["product"]["seconds"]
+    assert all(size >= 0 for size in document["memory"]["steps=100"]["bytes"].values())
+    for picture in ("readable-ratios.png", "readable-scaling.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_section_measured_again_leaves_the_others(run: Any) -> None:
+    before = run("cases", "--cases", "act", "act16")
+    after = run("scaling")
+    assert after["cases"] == before["cases"]
+    assert len(after["runs"]) == 2
+    last = run(*ACT)
+    assert last["cases"]["act16"] == before["cases"]["act16"]
+    assert last["cases"]["act"]["run"] != before["cases"]["act"]["run"]
+    assert set(last["runs"]) == {entry["run"] for part in ("cases", "scaling") for entry in last[part].values()}
+    assert len(run("cases", "--cases", "act", "act16")["runs"]) == 2  # the first run has no figure left
+
+
+def test_resume_measures_what_is_missing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "commit", lambda: "one")
+    before = run(*ACT)
+    after = run("cases", "--cases", "act", "act16", "--resume")
+    assert after["cases"]["act"] == before["cases"]["act"]
+    assert "act16" in after["cases"]
+    monkeypatch.setattr(measure, "commit", lambda: "another")
+    assert run(*ACT, "--resume")["cases"]["act"]["run"] != before["cases"]["act"]["run"]
+
+
+def test_what_is_measured_before_an_interruption_is_kept(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run(*ACT)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "compare_memory", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("scaling", "memory")
+    kept = json.loads((tmp_path / "readable.json").read_text())
+    assert kept["cases"] == before["cases"]
+    assert set(kept["scaling"]) == {"steps=25", "steps=50", "k=4"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(*ACT)
+    assert json.loads((tmp_path / "readable.json").read_text()) == kept
+
+
+def test_figures_of_different_machines_do_not_mix(run: Any, tmp_path: Path) -> None:
+    document = run(*ACT)
+    document["setup"].update(cpu="another", torch="2.10.0")
+    (tmp_path / "readable.json").write_text(show.dump(document))
+    with pytest.raises(SystemExit, match=r"another machine or setup \(cpu, torch\): give another folder with --out"):
+        run(*ACT)
+    assert json.loads((tmp_path / "readable.json").read_text()) == document
+
+
+def test_the_command_runs_as_a_script(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", str(EXAMPLE / "measure.py"), *ACT, "--smoke", "--threads", "1"]
+    result = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "SMOKE TEST, no figures." in result.stdout
+    path = RIM(2, 12).path(torch.zeros(1, 1, 2)).split(":")[0]
+    assert json.loads((tmp_path / f"{path}.json").read_text())["setup"]["path"] == path
+
+
+def test_native_can_be_demanded(tmp_path: Path) -> None:
+    with native.readable(), pytest.raises(SystemExit, match=r"--path native: RIM takes the path readable: \w"):
+        measure.main([*ACT, "--path", "native", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["speed"], "no section speed; there are cases, scaling, memory, rival"),
+        (["--cases", "tiny"], "invalid choice: 'tiny'"),
+        (["--rounds", "0"], "at least 1"),
+        (["rival"], "needs --rival PATH"),
+        (["--rival", "nowhere"], "no RIM.py there"),
+    ],
+)
+def test_wrong_arguments_are_told(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        measure.main(argv)
+    assert message in capsys.readouterr().err
+
+
+RIVAL = """
+import torch
+
+class RIM(torch.nn.Module):
+    def __init__(self, device, input_size, hidden_size, num_units, k, rnn_cell, n_layers, bidirectional,
+                 input_value_size=400, input_dropout=0.1, comm_dropout=0.1):
+        super().__init__()
+        given = (device, input_size, hidden_size, num_units, k, rnn_cell, n_layers, bidirectional)
+        assert given == ("cpu", 1, 8, 4, 3, "LSTM", 1, False)
+        assert (input_value_size, input_dropout, comm_dropout) == (32, 0.0, 0.0)
+        self.lstm = torch.nn.LSTM(input_size, hidden_size * num_units)
+
+    def forward(self, x, h, c):
+        output, (h, c) = self.lstm(x, (h, c))
+        return output, h, c
+"""
+
+
+def test_the_rival_gets_equal_sizes(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rival").mkdir()
+    (tmp_path / "rival" / "RIM.py").write_text(RIVAL)
+    document = run("rival", "--rival", str(tmp_path / "rival"))
+    assert list(document["rival"]["paper"]["seconds"]["train"]) == ["RIM", "RIM, equal sizes", "rival"]
+    assert str(tmp_path) not in json.dumps(document)
+    assert sorted(path.name for path in (tmp_path / "rival").iterdir()) == ["RIM.py"]
+    assert "first public implementation" in capsys.readouterr().out
+
+
+# The table.
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    """A measurement with figures that one can check by eye."""
+    seconds = {"RIM": [0.1, 0.2, 0.1, 0.1, 0.1], "torch": [0.2, 0.3, 0.1, 0.3, 0.4]}
+    entry = {
+        "run": "2026-01-02T03:04:05.678+00:00",
+        "case": {"rnn_cell": "LSTM"},
+        "sizes": "T=7, N=8, 1 → 9",
+        "seconds": {"forward": seconds, "train": {"RIM": seconds["torch"], "torch": seconds["torch"]}},
+        "flops": {way: {"RIM": 4 * 10**9, "RIM, winners only": 2 * 10**9, "torch": 8 * 10**9} for way in show.WAYS},
+        "product": {"flops": 10**9, "seconds": [0.01, 0.01, 0.3]},
+    }
+    return {
+        "setup": {
+            "path": "native",
+            "cpu": "A processor",
+            "cores": 4,
+            "instructions": "AVX2",
+            "threads": 2,
+            "dtype": "float32",
+            "seed": 0,
+            "torch": "2.13.0",
+            "python": "3.12.0",
+            "system": "Linux x86_64",
+            "smoke": False,
+        },
+        "runs": {
+            entry["run"]: {"command": "python examples/speed/measure.py", "commit": "abc", "version": "1.2.3", "load": [0]}
+        },
+        "cases": {"paper": entry},
+        "memory": {
+            "steps=100": {
+                "run": entry["run"],
+                "case": entry["case"],
+                "sizes": "T=100",
+                "bytes": {"RIM": 3 << 20, "torch": 4 << 20},
+            }
+        },
+    }
+
+
+def test_the_table_shows_the_median_of_the_rounds_ratios(document: dict[str, Any]) -> None:
+    lines = show.markdown(document).splitlines()
+    assert lines[2] == "| paper | T=7, N=8, 1 → 9 | 100 ms | **2.00** (1.50 to 3.00) | 300 ms | **1.00** (1.00 to 1.00) |"
+    text = "\n".join(lines)
+    assert "median of 5 rounds" in text
+    assert "A processor, 2 of 4 cores (AVX2), Linux x86_64, float32, torch 2.13.0, Python 3.12.0." in text
+    assert "rim-rnn 1.2.3 (native path), commit abc, 2026-01-02." in text
+    assert "A training step of T=100 needs 3.00 MiB at its peak, with `nn.LSTM` 4.00 MiB." in text
+    assert lines[-1] == "    python examples/speed/measure.py"
+
+
+def test_the_text_shows_the_floor(document: dict[str, Any]) -> None:
+    """4 GFLOP at the 100 GFLOP/s of the median round are 40 ms, two and a half times less than we take."""
+    row = next(line for line in show.text(document).splitlines() if line.startswith("paper  forward"))
+    assert row.split()[2:] == ["100", "300", "2.00", "1.50", "to", "3.00", "40.0", "2.5", "20.0"]
+
+
+def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path) -> None:
+    figures, page = tmp_path / "native.json", tmp_path / "README.md"
+    figures.write_text(show.dump(document))
+    page.write_text(f"# Title\n\n{show.BEGIN}\nold\n{show.END}\n\nThe rest.\n")
+    with pytest.raises(SystemExit, match=r"README\.md: not the table of .*native\.json"):
+        show.main([str(figures), "--check", str(page)])
+    show.main([str(figures), "--write", str(page)])
+    show.main([str(figures), "--check", str(page)])
+    written = page.read_text()
+    assert written == f"# Title\n\n{show.BEGIN}\n{show.markdown(document)}\n{show.END}\n\nThe rest.\n"
+    page.write_text(written.replace("2.00", "2.01"))
+    with pytest.raises(SystemExit):
+        show.main([str(figures), "--check", str(page)])
+    page.write_text("# Title\n")
+    with pytest.raises(ValueError, match="expected one line <!-- speed"):
+        show.main([str(figures), "--write", str(page)])
+    assert page.read_text() == "# Title\n"
+
+
+def test_the_json_survives_its_own_layout(document: dict[str, Any]) -> None:
+    document["setup"]["cpu"] = 'odd "name" [with] {brackets},  and spaces'
+    assert json.loads(show.dump(document)) == document
+    assert "[ 0.1, 0.2, 0.1, 0.1, 0.1 ]" in show.dump(document)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_peak_memory_grows_with_the_steps() -> None:
+    """Of a plain nn.LSTM: four times the steps need at least twice the memory, however the process started."""
+    sizes = [json.dumps({"steps": steps, "batch": 32, "input_size": 8, "hidden_size": 64}) for steps in (100, 400)]
+    peaks = [
+        int(subprocess.check_output([sys.executable, str(EXAMPLE / "peak.py"), "torch", size, "1"], text=True))
+        for size in sizes
+    ]
+    assert peaks[1] > 2 * peaks[0] > 0
