@@ -117,7 +117,7 @@ class RIMCell(nn.Module, Generic[StateT]):
             ``hidden_size // n``. Drawn from :math:`\mathcal{U}(\pm 1/\sqrt{u})`.
         communication: ``query.weight``, ``key.weight``, ``value.weight`` ``(n, p, heads*size)`` and ``output.weight``
             ``(n, heads*size, p)``. Like those of the input attention drawn from
-            :math:`\mathcal{U}(\pm 1/\sqrt{\text{fan\_in}})`.
+            :math:`\mathcal{U}(\pm 1/\sqrt{\mathrm{fan\_in}})`.
 
     Examples:
         >>> import torch

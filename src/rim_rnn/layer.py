@@ -93,9 +93,9 @@ class RIM(nn.Module, Generic[StateT]):
             N ={} & \text{batch size} \\
             L ={} & \text{sequence length} \\
             D ={} & 2 \text{ if bidirectional=True otherwise } 1 \\
-            H_{in} ={} & \text{input\_size} \\
-            H_{cell} ={} & \text{hidden\_size} \\
-            H_{out} ={} & \text{proj\_size if } \text{proj\_size}>0 \text{ otherwise hidden\_size}
+            H_{in} ={} & \mathrm{input\_size} \\
+            H_{cell} ={} & \mathrm{hidden\_size} \\
+            H_{out} ={} & \mathrm{proj\_size} \text{ if } \mathrm{proj\_size}>0 \text{ otherwise } \mathrm{hidden\_size}
         \end{aligned}
 
     Raises:
