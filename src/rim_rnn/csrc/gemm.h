@@ -101,23 +101,42 @@ void tiles(int rows, int inner, const T* A, int64_t a_step, const T* B, int64_t 
   }
 }
 
-// C = or += A B with B by columns, a vector of columns at a time: dot products, for few rows.
-template <class T>
-void multiply_columns(int rows, const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_step, bool accumulate) {
+// R rows of C = or += A B with B by columns: dot products, a vector of columns at a time.
+template <class T, int R>
+void columns(const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_step, bool accumulate) {
+  constexpr int together = WIDTH<T> < 4 ? WIDTH<T> : 4;
   for (int first = 0; first < B.cols; first += WIDTH<T>) {
     const int left = B.cols - first;
-    for (int r = 0; r < rows; ++r) {
-      Vec<T> products[WIDTH<T>] = {};
+    Vec<T> products[R][WIDTH<T>];
+    for (int begin = 0; begin < WIDTH<T>; begin += together) {
+      const T* column[together];
+      for (int c = 0; c < together; ++c) column[c] = B.data + (begin + c < left ? first + begin + c : 0) * B.ld;
+      Vec<T> total[R][together] = {};
       for (int i = 0; i < B.inner; i += WIDTH<T>) {
-        const Vec<T> a = load(A + r * a_step + i, B.inner - i);
-        for (int c = 0; c < WIDTH<T>; ++c)
-          products[c] += a * load(B.data + (first + (c < left ? c : 0)) * B.ld + i, B.inner - i);
+        Vec<T> b[together];
+#pragma GCC unroll 4
+        for (int c = 0; c < together; ++c) b[c] = load(column[c] + i, B.inner - i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const Vec<T> a = load(A + r * a_step + i, B.inner - i);
+#pragma GCC unroll 4
+          for (int c = 0; c < together; ++c) total[r][c] += a * b[c];
+        }
       }
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < together; ++c) products[r][begin + c] = total[r][c];
+    }
+    for (int r = 0; r < R; ++r) {
       T* to = C + r * c_step + first;
-      const Vec<T> total = sums<T>(products);
+      const Vec<T> total = sums<T>(products[r]);
       store(to, accumulate ? load(to, left) + total : total, left);
     }
   }
+}
+template <class T>
+void multiply_columns(int rows, const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_step, bool accumulate) {
+  for (; rows >= 4; rows -= 4, A += 4 * a_step, C += 4 * c_step) columns<T, 4>(A, a_step, B, C, c_step, accumulate);
+  for (; rows > 0; --rows, A += a_step, C += c_step) columns<T, 1>(A, a_step, B, C, c_step, accumulate);
 }
 
 // C (rows, cols) = or += A B. Element (r, i) of A lies at r * a_step + i, or by column at i * a_step + r. Rows of C are c_step
