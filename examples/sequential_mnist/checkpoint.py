@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HEADER = ("arguments", "processes", "digits", "commit", "torch")
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 PARTS = {
@@ -48,6 +49,9 @@ def load(log_dir: Path) -> dict[str, Any]:
     for name, kind in PARTS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise CheckpointError(f"{path}: not a checkpoint of this example: it has no {kind.__name__} named {name}")
+    for name in HEADER:
+        if name not in state["header"]:
+            raise CheckpointError(f"{path}: not a checkpoint of this example: its header has no {name}")
     return state
 
 

@@ -112,7 +112,9 @@ def read_idx(path: Path, dims: int) -> Tensor:
             raise DataError(f"{path}: not a gzip file, or a damaged one: {error}") from error
     magic, header = bytes([0, 0, 8, dims]), 4 + 4 * dims  # 8: unsigned bytes
     if content[:4] != magic:
-        raise DataError(f"{path}: not the expected idx file: begins with {content[:4].hex()}, not with {magic.hex()}")
+        raise DataError(
+            f"{path}: not the expected idx file: begins with {content[:4].hex() or 'nothing'}, not with {magic.hex()}"
+        )
     if len(content) < header:
         raise DataError(f"{path}: truncated within its {header} bytes of header")
     shape = struct.unpack(f">{dims}I", content[4:header])

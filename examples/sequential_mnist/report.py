@@ -14,6 +14,7 @@ import torch
 from data import Digits
 from matplotlib import colors
 from model import Classifier
+from torch import Tensor
 
 from rim_rnn import record
 
@@ -83,20 +84,26 @@ def draw_curves(path: Path, header: dict[str, Any], epochs: list[dict[str, Any]]
 
 
 @torch.no_grad()
+def activity(model: Classifier, inputs: Tensor, size: int) -> np.ndarray:
+    """Which unit was active at which pixel: bool `(digits, units, size, size)`, from what `Digits.sequences` gave."""
+    model.eval()
+    with record(model.rnn) as records:
+        model(inputs.to(next(model.parameters()).device))
+    active = records[0].active[0].cpu()  # (steps, digits, units)
+    pixels = active.repeat_interleave(inputs.shape[2], dim=0)[: size * size]
+    return pixels.permute(1, 2, 0).unflatten(2, (size, size)).numpy()
+
+
+@torch.no_grad()
 def draw_units(path: Path, model: Classifier, test: Digits, size: int, input_size: int) -> None:
     """For the first test digit of each class: the digit, and for each unit the pixels at which it was active."""
     chosen = [int((test.labels == label).nonzero()[0]) for label in test.labels.unique()]
     digits = Digits(test.images[chosen], test.labels[chosen])
     inputs = digits.sequences(size, input_size)
-    device = next(model.parameters()).device
-    model.eval()
-    with record(model.rnn) as records:
-        guesses = model(inputs.to(device)).argmax(1).tolist()
+    active = activity(model, inputs, size)
+    guesses = model(inputs.to(next(model.parameters()).device)).argmax(1).tolist()
     pixels = inputs.flatten(1)[:, : size * size].view(-1, size, size).bool().numpy()
-    active = records[0].active[0].cpu().repeat_interleave(input_size, dim=0)[: size * size]  # (pixels, digits, units)
-    active = active.permute(1, 2, 0).unflatten(2, (size, size)).numpy()
-    units = active.shape[1]
-    share = active.mean((0, 2, 3))
+    units, share = active.shape[1], active.mean((0, 2, 3))
 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(

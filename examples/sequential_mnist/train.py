@@ -42,7 +42,7 @@ def describe(
         "parameters": sum(p.numel() for p in model.parameters()),
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if args.cuda else f"CPU, {torch.get_num_threads()} threads",
@@ -131,16 +131,16 @@ def run(args: argparse.Namespace, saved: dict[str, Any] | None, processes: Proce
 
 
 def main() -> None:
-    args, saved = parse(__doc__)
-    processes = Processes(args.cuda)
     try:
-        run(args, saved, processes)
-    finally:
-        processes.close()
+        args, saved = parse(__doc__)
+        processes = Processes(args.cuda)
+        try:
+            run(args, saved, processes)
+        finally:
+            processes.close()
+    except (data.DataError, checkpoint.CheckpointError, TrainingError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (data.DataError, checkpoint.CheckpointError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+    main()

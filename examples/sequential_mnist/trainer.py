@@ -72,30 +72,41 @@ class Trainer:
 
     def load_model(self, saved: dict[str, Any]) -> None:
         """Takes the parameters of `saved` and nothing else."""
-        self.check(self.model.state_dict(), saved["model"])
+        self.check({"model": self.model.state_dict()}, {"model": saved["model"]})
         self.model.load_state_dict(saved["model"])
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        """Goes on where `saved` was. Nothing is changed before all of it is known to fit."""
+        """Goes on where `saved` was, once all of it is known to fit."""
         expected = self.state() | {"header": saved["header"], "metrics": saved["metrics"]}
-        if saved["optimizer"].get("state"):  # empty before the first step
+        position = saved["progress"]
+        if position.get("epoch") or position.get("batch"):  # Adam has moments from the first step on
             moments = [{name: p.detach() for name in ("exp_avg", "exp_avg_sq")} for p in self.model.parameters()]
             expected["optimizer"]["state"] = {i: {"step": torch.tensor(0.0), **m} for i, m in enumerate(moments)}
         self.check(expected, saved)
+        if position["epoch"] != len(saved["metrics"]) or not 0 <= position["batch"] <= self.batches:
+            self.refuse(
+                f"progress {position} does not fit {len(saved['metrics'])} epochs in the log, {self.batches} batches each"
+            )
         self.load_model(saved)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        self.order.set_state(saved["generators"]["order"])
-        torch.set_rng_state(saved["generators"]["cpu"][self.processes.rank])
-        if self.processes.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["generators"]["cuda"][self.processes.rank])
+        try:
+            self.order.set_state(saved["generators"]["order"])
+            torch.set_rng_state(saved["generators"]["cpu"][self.processes.rank])
+            if self.processes.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["generators"]["cuda"][self.processes.rank])
+        except RuntimeError as error:
+            self.refuse(f"generators: {error}")
         self.metrics = saved["metrics"]
         self.begin_epoch()
-        self.progress = saved["progress"]
+        self.progress = position
 
     def check(self, expected: Any, found: Any) -> None:
         for difference in checkpoint.differences(expected, found):
-            raise checkpoint.CheckpointError(f"{self.log_dir / checkpoint.CHECKPOINT}: {difference}")
+            self.refuse(difference)
+
+    def refuse(self, reason: str) -> None:
+        raise checkpoint.CheckpointError(f"{self.log_dir / checkpoint.CHECKPOINT}: {reason}")
 
     def save(self) -> None:
         state = self.state()

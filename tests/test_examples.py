@@ -1,0 +1,740 @@
+"""The sequential MNIST example: its digits, its runs, and what becomes of a run that is killed."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rim_rnn import record
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "sequential_mnist"
+MNIST = ROOT.parent / "shared" / "mnist"
+SHIPPED = EXAMPLE / "digits"
+FILES = [f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
+
+sys.path.insert(0, str(EXAMPLE))
+
+import arguments  # noqa: E402
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import make_digits  # noqa: E402
+import report  # noqa: E402
+import train  # noqa: E402
+import trainer  # noqa: E402
+from model import Classifier  # noqa: E402
+from processes import Processes  # noqa: E402
+
+SMALL = [
+    "--no-cuda",
+    "--hidden_size",
+    "12",
+    "--num_units",
+    "3",
+    "--input_size",
+    "14",
+    "--batch_size",
+    "8",
+    "--eval_sizes",
+    "14",
+    "15",
+]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """41 digits to train, so that the last batch of 8 holds a single one, and 20 to test."""
+    folder = tmp_path_factory.mktemp("digits")
+    for prefix, whole, count in zip(("train", "t10k"), data.load(str(SHIPPED)), (41, 20), strict=True):
+        make_digits.write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", whole.images[:count])
+        make_digits.write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", whole.labels[:count])
+    return folder
+
+
+@pytest.fixture
+def run(digits: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs `train.py` in this process, on small digits unless it goes on with a run."""
+
+    def run(*args: object, small: bool = True) -> None:
+        given = ["--data_dir", digits, *SMALL, *args] if small else args
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, given)])
+        train.main()
+
+    return run
+
+
+@pytest.fixture
+def refused(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `train.py`, demands that it refuses, and returns what it says."""
+
+    def refused(*args: object, small: bool = True) -> str:
+        with pytest.raises(SystemExit) as exit:
+            run(*args, small=small)
+        assert exit.value.code not in (0, None)
+        return capsys.readouterr().err if exit.value.code == 2 else str(exit.value.code)
+
+    return refused
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def essence(log_dir: Path) -> list[dict[str, Any]]:
+    """The log, without when, by which command and at which commit it was written: the checkout may change meanwhile."""
+    apart = ("seconds", "began", "command", "commit", "resumed")
+    return [{name: value for name, value in line.items() if name not in apart} for line in checkpoint.read_metrics(log_dir)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same log and, bit for bit, the same parameters, moments and generators."""
+    assert essence(one) == essence(other)
+    a, b = (checkpoint.load(folder) for folder in (one, other))
+    for part in ("model", "optimizer", "scheduler", "generators"):
+        assert_equal(a[part], b[part], part)
+
+
+def assert_equal(a: Any, b: Any, where: str) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}.{index}")
+    else:
+        assert a == b, where
+
+
+# --- The digits
+
+
+@pytest.mark.parametrize("size", [1, 14, 16, 19, 24, 28, 40])
+def test_pixels_are_the_nearest_ones_binarised_and_read_line_by_line(size: int) -> None:
+    images = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)
+    sequences = data.Digits(images, torch.zeros(3)).sequences(size, 1)
+    expected = [
+        [[float(image[row * 28 // size, column * 28 // size] > 120)] for row in range(size) for column in range(size)]
+        for image in images.tolist() and images
+    ]
+    assert sequences.tolist() == expected
+
+
+def test_a_pixel_of_120_is_black_and_one_of_121_is_white() -> None:
+    images = torch.full((1, 28, 28), 120, dtype=torch.uint8)
+    images[0, 0, 0] = 121
+    sequence = data.Digits(images, torch.zeros(1)).sequences(28, 28)[0]
+    assert sequence[0, 0] == 1
+    assert sequence.sum() == 1
+
+
+def test_zeros_fill_up_the_last_step() -> None:
+    digits = data.Digits(torch.full((2, 28, 28), 255, dtype=torch.uint8), torch.zeros(2))
+    sequences = digits.sequences(3, 4)
+    assert sequences.shape == (2, 3, 4)
+    assert sequences[1].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]]
+
+
+def test_the_shipped_digits_are_balanced_and_small() -> None:
+    train_digits, test_digits = data.load(str(SHIPPED))
+    assert train_digits.labels.bincount().tolist() == [500] * 10
+    assert test_digits.labels.bincount().tolist() == [100] * 10
+    assert sum(len(content) for content in contents(SHIPPED).values()) <= 1_000_000
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="MNIST is not here")
+def test_the_shipped_digits_are_what_the_script_makes_of_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_digits.py", "--data_dir", str(MNIST), "--out_dir", str(tmp_path)])
+    make_digits.main()
+    for name in FILES:
+        assert gzip.decompress((tmp_path / name).read_bytes()) == gzip.decompress((SHIPPED / name).read_bytes())
+
+
+def test_plain_files_are_read_like_gzip_ones(digits: Path, tmp_path: Path) -> None:
+    for name in FILES:
+        (tmp_path / name.removesuffix(".gz")).write_bytes(gzip.decompress((digits / name).read_bytes()))
+    for plain, packed in zip(data.load(str(tmp_path)), data.load(str(digits)), strict=True):
+        assert plain.sha256() == packed.sha256()
+
+
+def idx(content: bytes, *shape: int) -> bytes:
+    header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+    return gzip.compress(header + content)
+
+
+IMAGES, LABELS = FILES[2:]
+BROKEN_FILES = {
+    "missing": (IMAGES, lambda old: None, "no such file"),
+    "empty": (IMAGES, lambda old: b"", "begins with nothing, not with 00000803"),
+    "not gzip": (IMAGES, gzip.decompress, "not a gzip file, or a damaged one"),
+    "gzip cut short": (IMAGES, lambda old: old[:-100], "not a gzip file, or a damaged one"),
+    "gzip with a wrong byte": (
+        IMAGES,
+        lambda old: old[:500] + bytes([old[500] ^ 1]) + old[501:],
+        "not a gzip file, or a damaged",
+    ),
+    "no header": (IMAGES, lambda old: gzip.compress(b""), "begins with nothing"),
+    "header cut short": (
+        IMAGES,
+        lambda old: gzip.compress(gzip.decompress(old)[:9]),
+        "truncated within its 16 bytes of header",
+    ),
+    "pixels cut short": (
+        IMAGES,
+        lambda old: gzip.compress(gzip.decompress(old)[:-1]),
+        "promises 20 x 28 x 28 bytes, 15679 follow",
+    ),
+    "too long": (IMAGES, lambda old: gzip.compress(gzip.decompress(old) + b"0"), "promises 20 x 28 x 28 bytes, 15681 follow"),
+    "other magic": (
+        IMAGES,
+        lambda old: gzip.compress(b"\x00\x00\x0d\x03" + bytes(100)),
+        "begins with 00000d03, not with 00000803",
+    ),
+    "labels for images": (IMAGES, lambda old: idx(bytes(20), 20), "begins with 00000801, not with 00000803"),
+    "images for labels": (LABELS, lambda old: idx(bytes(20 * 784), 20, 28, 28), "begins with 00000803, not with 00000801"),
+    "other image size": (IMAGES, lambda old: idx(bytes(20 * 27 * 28), 20, 27, 28), "images are 27x28, expected 28x28"),
+    "no images": (IMAGES, lambda old: idx(b"", 0, 28, 28), "promises 0 x 28 x 28 bytes"),
+    "too few labels": (LABELS, lambda old: idx(bytes(19), 19), "19 labels, but .* holds 20 images"),
+    "no such digit": (LABELS, lambda old: idx(bytes([10] * 20), 20), "holds the label 10, expected 0 to 9"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FILES)
+def test_a_broken_file_is_named(case: str, digits: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    name, breaks, says = BROKEN_FILES[case]
+    folder = shutil.copytree(digits, tmp_path / "digits")
+    broken = breaks((folder / name).read_bytes())
+    (folder / name).unlink()
+    if broken is not None:
+        (folder / name).write_bytes(broken)
+    message = refused("--data_dir", folder, "--log_dir", tmp_path / "run")
+    assert message.startswith(f"error: {folder / name}: ")
+    assert re.search(says, message)
+    assert not (tmp_path / "run").exists()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    requests: list[str]
+
+    def do_GET(self) -> None:
+        self.requests.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A local mirror behind one that has nothing, with the checksums of what it serves; the requests it got."""
+    handler = type("Handler", (Quiet,), {"requests": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(digits))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(data, "MIRRORS", (f"{address}/nothing/", f"{address}/"))
+        monkeypatch.setattr(data, "SHA256", {name: data.pooch.file_hash(str(digits / name)) for name in FILES})
+        monkeypatch.setattr(data.pooch, "os_cache", lambda project: tmp_path / project)
+        yield handler.requests
+        server.shutdown()
+
+
+def test_digits_are_downloaded_once_from_the_first_mirror_that_has_them(digits: Path, mirror: list[str]) -> None:
+    first = data.load(None)
+    assert mirror == [f"{folder}/{name}" for name in FILES for folder in ("/nothing", "")]
+    mirror.clear()
+    for loaded, again, expected in zip(first, data.load(None), data.load(str(digits)), strict=True):
+        assert loaded.sha256() == again.sha256() == expected.sha256()
+    assert mirror == []
+
+
+@pytest.mark.usefixtures("mirror")
+def test_a_download_that_is_not_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(data.SHA256, IMAGES, "0" * 64)
+    with pytest.raises(data.DataError, match=rf"(?s)^{IMAGES}: could not be downloaded; --data_dir .* hash"):
+        data.load(None)
+    assert not list(tmp_path.rglob(IMAGES))
+
+
+# --- A run
+
+
+def test_a_run_leaves_table_log_checkpoint_and_pictures(
+    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_dir = tmp_path / "run"
+    run("--epochs", 2, "--log_dir", log_dir, "--seed", 3)
+    header, *epochs = checkpoint.read_metrics(log_dir)
+    assert header["arguments"]["seed"] == 3
+    assert header["arguments"]["hidden_size"] == 12
+    assert header["torch"] == str(torch.__version__)
+    assert {"commit", "device", "began", "command", "platform"} <= header.keys()
+    model = Classifier(Namespace(**header["arguments"]))
+    model.load_state_dict(checkpoint.load(log_dir)["model"])
+    assert header["parameters"] == sum(p.numel() for p in model.parameters())
+
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    for line in epochs:
+        assert line["train_loss"] > 0
+        assert list(line["test_accuracy"]) == list(line["test_loss"]) == ["14", "15"]
+        assert line["seconds"] > 0
+    _, test = data.load(header["arguments"]["data_dir"])
+    with torch.no_grad():
+        scores = model.eval()(test.sequences(15, 14))
+    assert epochs[-1]["test_accuracy"]["15"] == (scores.argmax(1) == test.labels).double().mean().item()
+    loss = torch.nn.functional.cross_entropy(scores, test.labels.long()).item()
+    assert epochs[-1]["test_loss"]["15"] == pytest.approx(loss)
+
+    printed = capsys.readouterr().out
+    assert f"{header['parameters']} parameters" in printed
+    assert "| RIM | 14x14 | 15x15 |\n" in printed
+    assert "| test accuracy, % | " + " | ".join(f"{100 * x:.1f}" for x in epochs[-1]["test_accuracy"].values()) in printed
+    for name in (report.CURVES, report.UNITS):
+        assert (log_dir / name).read_bytes().startswith(b"\x89PNG")
+    if trainer.SummaryWriter:
+        assert list((log_dir / "tensorboard").iterdir())
+
+
+def test_the_lstm_runs_too_and_has_no_units(run: Callable[..., None], refused: Callable[..., str], tmp_path: Path) -> None:
+    args = ["--model", "LSTM", "--no-cuda", "--input_size", 14, "--hidden_size", 5, "--epochs", 1, "--data_dir", SHIPPED]
+    run(*args, "--eval_sizes", 14, "--batch_size", 1000, "--log_dir", tmp_path / "run", small=False)
+    assert (tmp_path / "run" / report.CURVES).exists()
+    assert not (tmp_path / "run" / report.UNITS).exists()
+    state = checkpoint.load(tmp_path / "run")["model"]
+    assert {name for name in state if name.startswith("rnn")} == {
+        f"rnn.{name}" for name, _ in torch.nn.LSTM(14, 5).named_parameters()
+    }
+    message = refused(*args, "--k", 2, "--log_dir", tmp_path / "other", small=False)
+    assert "--k belongs to a RIM" in message
+
+
+def test_it_learns(run: Callable[..., None], tmp_path: Path) -> None:
+    """A few digits by heart, in seven steps of two lines each."""
+    args = ["--input_size", 28, "--hidden_size", 24, "--input_dropout", 0, "--comm_dropout", 0, "--eval_sizes", 14]
+    run(*args, "--epochs", 60, "--lr", 0.01, "--lr_schedule", "cosine", "--log_dir", tmp_path)
+    _, first, *_, last = checkpoint.read_metrics(tmp_path)
+    assert first["train_accuracy"] < 0.4
+    assert last["train_accuracy"] > 0.9
+
+
+def test_every_rim_argument_reaches_the_rim() -> None:
+    given = {
+        "num_units": 5, "k": 2, "rnn_cell": "GRU", "key_size_input": 7, "value_size_input": 9, "query_size_input": 7,
+        "num_input_heads": 2, "input_dropout": 0.25, "key_size_comm": 6, "value_size_comm": 8, "query_size_comm": 6,
+        "num_comm_heads": 3, "comm_dropout": 0.75,
+    }  # fmt: skip
+    text = " ".join(f"--{name} {value}" for name, value in given.items())
+    args = arguments.build_parser().parse_args(f"--hidden_size 20 --input_size 3 {text}".split())
+    cell = Classifier(args).rnn.cells[0]
+    shapes = {name: tuple(p.shape) for name, p in cell.named_parameters()}
+    assert shapes["input_attention.key.weight"] == (2 * 7, 3)
+    assert shapes["input_attention.value.weight"] == (2 * 9, 3)
+    assert shapes["dynamics.weight_hh"] == (5, 4, 3 * 4)
+    assert shapes["communication.key.weight"] == (5, 4, 3 * 6)
+    assert shapes["communication.value.weight"] == (5, 4, 3 * 8)
+    assert (cell.k, cell.input_dropout, cell.comm_dropout) == (2, 0.25, 0.75)
+    assert Classifier(arguments.build_parser().parse_args(["--hidden_size", "60"])).rnn.cells[0].input_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--num_units", 5], "num_units"),
+        (["--k", 4], "k"),
+        (["--query_size_input", 5], "query_size_input"),
+        (["--input_dropout", 2], "input_dropout"),
+        (["--batch_size", 0], "--batch_size: expected at least 1, got 0"),
+        (["--lr", 0], "--lr has to be positive"),
+        (["--checkpoint_minutes", -1], "--checkpoint_minutes"),
+        (["--model", "GRU"], "--model"),
+    ],
+)
+def test_an_argument_out_of_range_is_named(args: list[object], says: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    assert says in refused(*args, "--log_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_without_a_gpu_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "--cuda: torch finds no GPU" in refused("--cuda", "--log_dir", tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(refused: Callable[..., str], tmp_path: Path) -> None:
+    message = refused("--lr", "1e30", "--checkpoint_minutes", 0, "--epochs", 3, "--log_dir", tmp_path)
+    assert re.match(r"error: the loss is (nan|inf) at epoch \d, batch \d; try a smaller --lr than 1e\+30", message)
+    assert checkpoint.load(tmp_path)["progress"]["loss"] < float("inf")
+
+
+def test_the_cosine_schedule_ends_at_zero() -> None:
+    factor = trainer.schedule("cosine", 10)
+    assert factor(0) == 1
+    assert factor(5) == pytest.approx(0.5)
+    assert factor(10) == 0
+    assert trainer.schedule("constant", 10)(7) == 1
+
+
+def test_activity_has_each_pixel_with_the_step_that_read_it() -> None:
+    args = arguments.build_parser().parse_args(["--hidden_size", "12", "--num_units", "3", "--k", "2", "--input_size", "4"])
+    model = Classifier(args).eval()
+    inputs = data.load(str(SHIPPED))[1].sequences(5, 4)[:6]
+    activity = report.activity(model, inputs, 5)
+    assert activity.shape == (6, 3, 5, 5)
+    assert (activity.sum(1) == 2).all()
+    with record(model.rnn) as records, torch.no_grad():
+        model(inputs)
+    for pixel in range(25):
+        active = records[0].active[0, pixel // 4]
+        assert torch.equal(torch.from_numpy(activity[:, :, pixel // 5, pixel % 5]), active)
+
+
+def test_a_unit_is_painted_in_four_shades() -> None:
+    ink, active = torch.tensor([[True, False], [True, False]]).numpy(), torch.tensor([[True, True], [False, False]]).numpy()
+    image = report.paint(ink, active, (1.0, 0.0, 0.0))
+    assert image.tolist() == [[[0.75, 0, 0], [1, 0.7, 0.7]], [[0.8] * 3, [1] * 3]]
+
+
+# --- Stopping and going on
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+KILLABLE = ["--epochs", 2, "--checkpoint_minutes", 0, "--eval_sizes", 14, "--batch_size", 14, "--input_dropout", 0.3]
+
+
+def test_killed_at_any_write_and_resumed_it_ends_as_if_never_stopped(
+    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dies before and after each write of each file and in the middle of a line of the log, each time in a new run."""
+    monkeypatch.setattr(trainer, "SummaryWriter", None)
+    monkeypatch.setattr(report, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(report, "draw_units", lambda *args: None)
+    run(*KILLABLE, "--log_dir", tmp_path / "whole")
+    real_replace, real_append = os.replace, checkpoint.append_metrics
+
+    for point in range(100):
+        countdown = iter(range(point, -1, -1))
+
+        def may_die(half: Callable[[], None] = lambda: None, countdown: Iterator[int] = countdown) -> None:
+            if next(countdown, None) == 0:
+                half()
+                raise Killed
+
+        def dying_replace(temporary: Path, path: Path) -> None:
+            may_die(lambda: temporary.write_bytes(temporary.read_bytes()[:100]))
+            real_replace(temporary, path)
+            may_die()
+
+        def dying_append(log_dir: Path, line: dict[str, Any]) -> None:
+            log = log_dir / checkpoint.METRICS
+            may_die(lambda: log.write_text(log.read_text() + json.dumps(line)[:20]))
+            real_append(log_dir, line)
+            may_die()
+
+        log_dir = tmp_path / str(point)
+        with monkeypatch.context() as dying:
+            dying.setattr(os, "replace", dying_replace)
+            dying.setattr(checkpoint, "append_metrics", dying_append)
+            try:
+                run(*KILLABLE, "--log_dir", log_dir)
+            except Killed:
+                pass
+            else:
+                break
+        run(*KILLABLE, "--log_dir", log_dir, "--loadsaved")
+        assert_same_run(tmp_path / "whole", log_dir)
+    assert point > 20
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill in /proc")
+
+
+def start(script: list[object], **environment: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([sys.executable, *map(str, script)], env=environment)
+
+
+def kill_in_the_middle(process: subprocess.Popen[bytes], log_dir: Path, epoch: int) -> None:
+    """SIGKILL to `process` and its children as soon as a checkpoint lies within `epoch`."""
+    while process.poll() is None:
+        if (log_dir / checkpoint.CHECKPOINT).exists():
+            progress = checkpoint.load(log_dir)["progress"]
+            if progress["epoch"] == epoch and progress["batch"] > 0:
+                break
+        time.sleep(0.002)
+    children = [int(pid) for task in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in task.read_text().split()]
+    for pid in (process.pid, *children):
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+@needs_proc
+def test_sigkill_and_resume_end_bit_for_bit_as_an_uninterrupted_run(digits: Path, tmp_path: Path) -> None:
+    command = [EXAMPLE / "train.py", "--data_dir", digits, *SMALL, "--epochs", 3, "--batch_size", 2, "--input_dropout", 0.3]
+    command += ["--comm_dropout", 0.3, "--checkpoint_minutes", 0, "--lr_schedule", "cosine", "--log_dir"]
+    assert start([*command, tmp_path / "whole"]).wait() == 0
+    killed = tmp_path / "killed"
+    kill_in_the_middle(start([*command, killed]), killed, epoch=0)
+    resume = [EXAMPLE / "train.py", "--loadsaved", "--log_dir", killed]
+    kill_in_the_middle(start(resume), killed, epoch=2)
+    assert start(resume).wait() == 0
+    assert_same_run(tmp_path / "whole", killed)
+    assert len(checkpoint.read_metrics(killed)) == 1 + 3
+
+
+def test_dropout_draws_depend_on_the_saved_generator(run: Callable[..., None], tmp_path: Path) -> None:
+    """What makes the two tests above sharp: another generator state gives other parameters."""
+    run(*KILLABLE, "--epochs", 1, "--log_dir", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    state = checkpoint.load(tmp_path / "b")
+    state["generators"]["cpu"] = [torch.Generator().manual_seed(99).get_state()]
+    checkpoint.save(tmp_path / "b", state)
+    for name in "ab":
+        run("--loadsaved", "--epochs", 2, "--log_dir", tmp_path / name, small=False)
+    a, b = (checkpoint.load(tmp_path / name)["model"]["readout.weight"] for name in "ab")
+    assert not torch.equal(a, b)
+
+
+@pytest.fixture(scope="session")
+def one_epoch(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    log_dir = tmp_path_factory.mktemp("one_epoch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--data_dir", str(digits), *SMALL, "--epochs", "1", "--log_dir", str(log_dir)])
+        train.main()
+    return log_dir
+
+
+@pytest.fixture
+def finished(one_epoch: Path, tmp_path: Path) -> Path:
+    """The `log_dir` of a small run of one epoch, to be changed at will."""
+    return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+def test_epochs_may_be_added(run: Callable[..., None], finished: Path, tmp_path: Path) -> None:
+    run("--loadsaved", "--epochs", 2, "--log_dir", finished, small=False)
+    run("--epochs", 2, "--log_dir", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", finished)
+
+
+def test_epochs_may_not_be_added_to_a_cosine(run: Callable[..., None], refused: Callable[..., str], tmp_path: Path) -> None:
+    run("--epochs", 1, "--lr_schedule", "cosine", "--log_dir", tmp_path)
+    assert "epochs 1, not 2" in refused("--loadsaved", "--epochs", 2, "--log_dir", tmp_path, small=False)
+
+
+def test_a_changed_commit_is_noted_when_a_run_goes_on(
+    run: Callable[..., None], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "commit", lambda: "another")
+    for epochs in (2, 3):
+        run("--loadsaved", "--epochs", epochs, "--log_dir", finished, small=False)
+    header = checkpoint.read_metrics(finished)[0]
+    assert header["commit"] != "another"
+    assert header["resumed"] == [{"epochs": 1, "commit": "another", "torch": str(torch.__version__)}]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ([], "checkpoint.pt, metrics.jsonl, curves.png, units.png of an earlier run; .*--loadsaved goes on"),
+        (["--seed", 1], "of an earlier run"),
+        (["--loadsaved", "--seed", 1], "holds a run with other arguments: seed 0, not 1"),
+        (["--loadsaved", "--hidden_size", 24, "--lr", 0.5], "hidden_size 12, not 24; lr 0.0001, not 0.5"),
+        (["--loadsaved", "--data_dir", SHIPPED], "digits"),
+        (["--loadsaved", "--model", "LSTM"], "--num_units belongs to a RIM"),
+        (["--no-train", "--hidden_size", 24], "hidden_size 12, not 24"),
+    ],
+)
+def test_a_second_run_that_does_not_fit_loses_nothing(
+    args: list[object], says: str, finished: Path, refused: Callable[..., str]
+) -> None:
+    before = contents(finished)
+    assert re.search(says, refused("--epochs", 1, *args, "--log_dir", finished))
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--loadsaved"]])
+def test_a_log_without_its_checkpoint_is_not_overwritten(flags: list[str], finished: Path, refused: Callable[..., str]) -> None:
+    (finished / checkpoint.CHECKPOINT).unlink()
+    before = contents(finished)
+    assert "metrics.jsonl, curves.png, units.png of an earlier run" in refused(*flags, "--log_dir", finished)
+    assert contents(finished) == before
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
+    def edit(content: bytes) -> bytes:
+        state = torch.load(io.BytesIO(content), weights_only=True)
+        change(state)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    return edit
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def pickled(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"header": Path("code")}, buffer)
+    return buffer.getvalue()
+
+
+QUERY = "rnn.cells.0.input_attention.query.weight"
+BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda old: b"", "not a checkpoint, or a damaged one"),
+    "truncated": (lambda old: old[: len(old) // 2], "not a checkpoint, or a damaged one"),
+    "one bit wrong": (flip, "not a checkpoint, or a damaged one"),
+    "text": (lambda old: b"hello", "not a checkpoint, or a damaged one"),
+    "code in it": (pickled, "not a checkpoint, or a damaged one: Weights only load failed"),
+    "a tensor": (edited(lambda s: s.clear()), "it has no dict named header"),
+    "part missing": (edited(lambda s: s.pop("generators")), "it has no dict named generators"),
+    "no arguments": (edited(lambda s: s["header"].clear()), "its header has no arguments"),
+    "parameter missing": (edited(lambda s: s["model"].pop(QUERY)), rf"model.{QUERY} is missing"),
+    "parameter too many": (edited(lambda s: s["model"].update(x=torch.ones(1))), "model.x is unexpected"),
+    "parameter of another shape": (
+        edited(lambda s: s["model"].update({QUERY: torch.ones(2, 3)})),
+        rf"model.{QUERY} is torch.float32 \(2, 3\), expected torch.float32 \(3, 4, 64\)",
+    ),
+    "parameter of another dtype": (edited(lambda s: s["model"].update({QUERY: s["model"][QUERY].double()})), "torch.float64"),
+    "moment of another shape": (
+        edited(lambda s: s["optimizer"]["state"][2].update(exp_avg=torch.ones(5))),
+        r"optimizer.state.2.exp_avg is torch.float32 \(5,\)",
+    ),
+    "moments of one parameter missing": (edited(lambda s: s["optimizer"]["state"].pop(3)), "optimizer.state.3 is missing"),
+    "moments of all missing": (edited(lambda s: s["optimizer"].update(state={})), "optimizer.state.0 is missing"),
+    "generator cut short": (
+        edited(lambda s: s["generators"].update(order=s["generators"]["order"][:7])),
+        r"generators.order is torch.uint8 \(7,\)",
+    ),
+    "generator of another process": (
+        edited(lambda s: s["generators"]["cpu"].append(torch.ones(1))),
+        "cpu has 2 entries, expected 1",
+    ),
+    "nonsense for a generator": (edited(lambda s: s["generators"]["cpu"][0].fill_(255)), "generators"),
+    "position of another type": (
+        edited(lambda s: s["progress"].update(batch="2")),
+        "progress.batch is of type str, expected int",
+    ),
+    "position out of range": (edited(lambda s: s["progress"].update(batch=7)), "progress"),
+    "log of another length": (edited(lambda s: s["metrics"].pop()), "progress"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CHECKPOINTS)
+def test_a_broken_checkpoint_is_refused_before_anything_is_overwritten(
+    case: str, finished: Path, refused: Callable[..., str]
+) -> None:
+    breaks, says = BROKEN_CHECKPOINTS[case]
+    path = finished / checkpoint.CHECKPOINT
+    path.write_bytes(breaks(path.read_bytes()))
+    before = contents(finished)
+    message = refused("--loadsaved", "--epochs", 2, "--log_dir", finished)
+    assert message.startswith(f"error: {path}: ")
+    assert re.search(says, message)
+    assert contents(finished) == before
+
+
+def test_no_train_evaluates_the_saved_model_and_leaves_the_run_alone(
+    run: Callable[..., None], refused: Callable[..., str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(finished)
+    capsys.readouterr()
+    run("--no-train", "--eval_sizes", 15, 20, "--log_dir", finished, small=False)
+    accuracy = checkpoint.read_metrics(finished)[-1]["test_accuracy"]["15"]
+    assert (
+        f"| RIM | 15x15 | 20x20 |\n| --- | ---: | ---: |\n| test accuracy, % | {100 * accuracy:.1f} | "
+        in capsys.readouterr().out
+    )
+    after = contents(finished)
+    assert [name for name in after if after[name] != before.get(name)] in ([], [report.UNITS])
+    assert "checkpoint.pt: no such file" in refused("--no-train", "--log_dir", tmp_path / "nothing")
+
+
+def test_table_and_curves_come_from_the_log_alone(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in finished.iterdir():
+        if path.name != checkpoint.METRICS and path.is_file():
+            path.unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["report.py", str(finished)])
+    report.main()
+    assert (finished / report.CURVES).exists()
+    assert capsys.readouterr().out.startswith("| RIM | 14x14 | 15x15 |\n")
+
+
+# --- Several processes
+
+
+def torchrun(*args: object) -> list[object]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, EXAMPLE / "train.py", *args]
+
+
+@needs_proc
+def test_two_processes_have_the_losses_of_one_and_go_on_after_sigkill(
+    run: Callable[..., None], digits: Path, tmp_path: Path
+) -> None:
+    args = ["--data_dir", digits, *SMALL, "--input_dropout", 0, "--comm_dropout", 0, "--epochs", 2, "--lr", 0.01]
+    args += ["--checkpoint_minutes", 0, "--log_dir"]
+    run(*args, tmp_path / "one", small=False)
+    assert start(torchrun(*args, tmp_path / "two")).wait() == 0
+    one, two = (checkpoint.read_metrics(tmp_path / name)[1:] for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+        assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-5)
+        assert (a["train_accuracy"], a["test_accuracy"]) == (b["train_accuracy"], b["test_accuracy"])
+    models = [checkpoint.load(tmp_path / name)["model"] for name in ("one", "two")]
+    for name, parameter in models[0].items():
+        torch.testing.assert_close(models[1][name], parameter, rtol=1e-4, atol=1e-5)
+
+    killed = tmp_path / "killed"
+    kill_in_the_middle(start(torchrun(*args, killed)), killed, epoch=1)
+    assert start(torchrun("--loadsaved", "--log_dir", killed)).wait() == 0
+    assert_same_run(tmp_path / "two", killed)
+
+
+def test_each_process_goes_on_with_its_own_dropout(finished: Path, digits: Path) -> None:
+    saved = checkpoint.load(finished)
+    saved["generators"]["cpu"] = [torch.Generator().manual_seed(seed).get_state() for seed in (1, 2)]
+    saved["generators"]["cuda"] = [None, None]
+
+    class Second(Processes):
+        rank, count = 1, 2
+
+        def __init__(self) -> None:
+            self.device = torch.device("cpu")
+
+        def parallel(self, model: torch.nn.Module) -> torch.nn.Module:
+            return model
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, value]
+
+    args = Namespace(**saved["header"]["arguments"], log_dir=str(finished))
+    second = trainer.Trainer(args, saved["header"], Classifier(args), *data.load(str(digits)), Second())
+    second.load_state(saved)
+    assert torch.equal(torch.get_rng_state(), saved["generators"]["cpu"][1])
