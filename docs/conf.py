@@ -34,6 +34,7 @@ intersphinx_timeout = 5
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # one signature, as on the pages of torch.nn, instead of one per overload
 maximum_signature_line_length = 60
+napoleon_attr_annotations = False
 mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"
 copybutton_exclude = ".linenos, .gp, .go"
 
