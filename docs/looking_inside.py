@@ -1,8 +1,9 @@
 """Draw docs/_static/looking_inside.svg: which unit takes which step, after training on two interleaved sources.
 
 Each step shows a value from one of two sources; the model is asked for the value that this source showed the time before.
-`python docs/looking_inside.py` trains five seeds, three minutes on one core, writes what it measured to
-docs/looking_inside.json and draws that.
+`RIM_RNN_NATIVE=0 python docs/looking_inside.py` trains five seeds, some minutes on one core, writes what it measured to
+docs/looking_inside.json and draws that. The readable path, so that the same commit gives the same runs with and without the
+native operator.
 """
 
 import json
@@ -98,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True)
     log = {
-        "command": "python docs/looking_inside.py",
+        "command": "RIM_RNN_NATIVE=0 python docs/looking_inside.py",
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, 1 thread",
         "torch": torch.__version__,
