@@ -388,9 +388,8 @@ class RIMCell(nn.Module, Generic[StateT]):
             state = tuple(self.check_alike(f"{name}_0", s) for s, name in zip(state, "hc", strict=False))
             state = state if batched else tuple(s.unsqueeze(0) for s in state)
         _, state, _ = self.run(x.unsqueeze(0), state)
-        dtype = autocast_result_dtype(given, x.device, fused=False)
-        if dtype is not None:
-            state = tuple(s.to(dtype) for s in state)
+        dtype = autocast_result_dtype(given, x.device)
+        state = tuple(s.to(dtype) for s in state)
         state = state if batched else tuple(s.squeeze(0) for s in state)
         return cast("StateT", state if self.rnn_cell == "LSTM" else state[0])
 

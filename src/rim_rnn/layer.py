@@ -394,9 +394,12 @@ class RIM(nn.Module, Generic[StateT]):
             records.append(assemble(traces, unsorted_indices, batched))
 
         state = tuple(torch.stack(s) for s in zip(*last, strict=True))
-        dtype = autocast_result_dtype(given, x.device, fused=self.mode == "LSTM" and batch_sizes is None)
-        if dtype is not None:
-            x, state = x.to(dtype), tuple(s.to(dtype) for s in state)
+        if self.mode == "GRU" and x.requires_grad and not self.bidirectional:
+            x = x.clone()  # users of nn.GRU may change its output in place; the native operator keeps its own for backward
+        if autocast_dtype(x.device):
+            fused = self.mode == "LSTM" and batch_sizes is None and not self.proj_size
+            dtypes = [autocast_result_dtype(given, x.device, lowered) for lowered in (fused or self.proj_size > 0, fused)]
+            x, state = x.to(dtypes[0]), tuple(s.to(dtype) for s, dtype in zip(state, dtypes, strict=False))
         if unsorted_indices is not None:
             state = tuple(s.index_select(1, unsorted_indices) for s in state)
         if not batched:

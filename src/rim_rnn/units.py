@@ -109,14 +109,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def autocast_result_dtype(given: torch.dtype, device: torch.device, fused: bool) -> torch.dtype | None:
-    """The dtype of results under autocast, or ``None`` where it is off.
+def autocast_result_dtype(given: torch.dtype, device: torch.device, lowered: bool = False) -> torch.dtype:
+    """The dtype of a result, as torch's own recurrent modules have it: that of the ``given`` state unless under autocast.
 
-    Autocast leaves float64 alone. Elsewhere the dtype is autocast's own, save on a CPU where torch does not run the sequence
-    as one operator (``fused``): states there have the dtype that the ``given`` ones and autocast's promote to.
+    Autocast leaves float64 alone. Elsewhere the result has autocast's dtype; on a CPU only if an operator that autocast lowers
+    makes it (``lowered``: a padded ``nn.LSTM``, which is one operator, or a projection), else what both dtypes promote to.
     """
-    lower = None if given == torch.float64 else autocast_dtype(device)
-    return lower if lower is None or fused or device.type != "cpu" else torch.promote_types(given, lower)
+    lower = autocast_dtype(device)
+    if lower is None or given == torch.float64:
+        return given
+    return lower if lowered or device.type != "cpu" else torch.promote_types(given, lower)
 
 
 def divide(state: Tensor, num_units: int) -> Tensor:
