@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence, pad_sequence
 from torch.testing import assert_close
 
@@ -53,17 +53,22 @@ CELLS = {
 
 Row = Callable[[Rnn], Any]
 LAYER_ROWS: dict[str, Row] = {}
+LAYER_MISTAKES: dict[str, Row] = {}
 CELL_ROWS: dict[str, Row] = {}
+CELL_MISTAKES: dict[str, Row] = {}
 
 
-def layer_row(function: Row) -> Row:
-    LAYER_ROWS[function.__name__] = function
-    return function
+def row_of(table: dict[str, Row]) -> Callable[[Row], Row]:
+    """Enter a function into a table under its own name."""
+
+    def enter(function: Row) -> Row:
+        table[function.__name__] = function
+        return function
+
+    return enter
 
 
-def cell_row(function: Row) -> Row:
-    CELL_ROWS[function.__name__] = function
-    return function
+layer_row, layer_mistake, cell_row = row_of(LAYER_ROWS), row_of(LAYER_MISTAKES), row_of(CELL_ROWS)
 
 
 ACCIDENTS = (IndexError, AttributeError, KeyError)
@@ -111,7 +116,7 @@ def run(row: Row, rnn: Rnn) -> Outcome:
     return Outcome(error and type(error), str(error), warned, value)
 
 
-def compare(row: Row, torchs: Rnn, ours: Rnn) -> None:
+def compare(row: Row, torchs: Rnn, ours: Rnn) -> Outcome:
     theirs, mine = run(row, torchs), run(row, ours)
     expected = TypeError if theirs.raised in ACCIDENTS else theirs.raised
     assert mine.raised is expected, f"torch: {theirs.message} | ours: {mine.message}"
@@ -119,6 +124,7 @@ def compare(row: Row, torchs: Rnn, ours: Rnn) -> None:
     assert look(mine.value) == look(theirs.value)
     for i, (we, they) in enumerate(zip(contiguous(mine.value), contiguous(theirs.value), strict=True)):
         assert we or not they, f"tensor {i} is contiguous in torch, not here"
+    return theirs
 
 
 # ---------------------------------------------------------------- constructing
@@ -157,7 +163,7 @@ def construct_with_integer_dropout(rnn: Rnn) -> Any:
     return attributes(rnn(F, H, 2, dropout=0)), attributes(rnn(F, H, 2, dropout=1))
 
 
-@layer_row
+@layer_mistake
 def construct_with_truthy_bidirectional(rnn: Rnn) -> Any:
     return rnn(F, H, bidirectional=1)(torch.randn(T, N, F)), rnn(F, H, bidirectional=None)(torch.randn(T, N, F))
 
@@ -189,13 +195,15 @@ BAD_ARGUMENTS: dict[str, list[Any]] = {
 }
 for name, values in BAD_ARGUMENTS.items():
     for bad in values:
-        LAYER_ROWS[f"construct_with_{name}={bad!r}"] = lambda rnn, name=name, bad=bad: rnn(
+        LAYER_MISTAKES[f"construct_with_{name}={bad!r}"] = lambda rnn, name=name, bad=bad: rnn(
             **{"input_size": F, "hidden_size": H, name: bad}
         )
-LAYER_ROWS |= {
+LAYER_MISTAKES |= {
     "construct_with_nothing": lambda rnn: rnn(),
     "construct_with_one_size": lambda rnn: rnn(F),
     "construct_with_too_many": lambda rnn: rnn(F, H, 1, True, False, 0.0, False, 0, None, None, None),
+}
+LAYER_ROWS |= {
     "construct_with_proj_size": lambda rnn: rnn(F, H, proj_size=6)(torch.randn(T, N, F)),  # GRU: ValueError
     "construct_with_proj_size_stacked": lambda rnn: rnn(F, H, 2, proj_size=6, bidirectional=True)(torch.randn(T, N, F)),
 }
@@ -391,10 +399,10 @@ def inputs_are_left_alone(rnn: Rnn) -> Any:
 
 
 @layer_row
-def in_place_activation_on_the_output(rnn: Rnn) -> Any:
+def in_place_dropout_on_the_output(rnn: Rnn) -> Any:
     x = torch.randn(T, N, F, requires_grad=True)
-    output, _ = rnn(F, H, 2)(x)
-    nn.Sequential(nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True))(output).sum().backward()
+    output, _ = rnn(F, H, bidirectional=True)(x)
+    nn.Dropout(0.5, inplace=True)(output).sum().backward()
     return x.grad
 
 
@@ -412,7 +420,7 @@ def in_place_mask_on_the_states(rnn: Rnn) -> Any:
 # ---------------------------------------------------------------- wrong inputs
 
 
-LAYER_ROWS |= {
+LAYER_MISTAKES |= {
     "no_input": lambda rnn: rnn(F, H)(),
     "input_none": lambda rnn: rnn(F, H)(None),
     "input_list": lambda rnn: rnn(F, H)([[[0.0] * F]]),
@@ -477,13 +485,13 @@ LAYER_ROWS |= {
 }
 
 
-@layer_row
+@layer_mistake
 def only_the_cell_state_is_wrong(rnn: Rnn) -> Any:
     h, wrong = torch.zeros(1, N, H), torch.zeros(1, N, H - 6)
     return rnn(F, H)(torch.randn(T, N, F), (h, wrong) if rnn.kind == "LSTM" else wrong)
 
 
-@layer_row
+@layer_mistake
 def cell_state_of_projected_size(rnn: Rnn) -> Any:
     return rnn(F, H, proj_size=6)(torch.randn(T, N, F), (torch.zeros(1, N, 6), torch.zeros(1, N, 6)))
 
@@ -522,6 +530,8 @@ LAYER_ROWS |= {
     "packed_by_pack_sequence": lambda rnn: rnn(F, H)(pack_sequence([torch.randn(n, F) for n in (5, 3, 2)])),
     "packed_keeps_gradient": lambda rnn: rnn(F, H).requires_grad_(False)(packed(requires_grad=True)),
     "packed_float64": lambda rnn: rnn(F, H).double()(packed(dtype=torch.float64)),
+}
+LAYER_MISTAKES |= {
     "packed_too_few_features": lambda rnn: rnn(F + 1, H)(packed()),
     "packed_wrong_dtype": lambda rnn: rnn(F, H)(packed(dtype=torch.float64)),
     "packed_module_on_meta": lambda rnn: rnn(F, H, device="meta")(packed()),
@@ -655,7 +665,7 @@ def backward_twice_through_carried_states(rnn: Rnn) -> Any:
     return all(p.grad is not None for p in module.parameters()), state
 
 
-@layer_row
+@layer_mistake
 def backward_twice_without_retain_graph(rnn: Rnn) -> Any:
     output, _ = rnn(F, H)(torch.randn(T, N, F))
     output.sum().backward()
@@ -775,6 +785,62 @@ def gradient_checkpointing(rnn: Rnn) -> Any:
     return output, state, x.grad
 
 
+@layer_mistake
+def weight_changed_before_backward(rnn: Rnn) -> Any:
+    module = rnn(F, H)
+    output, _ = module(torch.randn(T, N, F, requires_grad=True))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1)
+    output.sum().backward()  # RuntimeError: an optimiser's step came too early
+
+
+@layer_mistake
+def input_changed_before_backward(rnn: Rnn) -> Any:
+    x = torch.randn(T, N, F)
+    output, _ = rnn(F, H)(x)
+    x.zero_()
+    output.sum().backward()  # RuntimeError
+
+
+@layer_row
+def anomaly_detection(rnn: Rnn) -> Any:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        module = rnn(F, H, 2, bidirectional=True)
+        output, state = module(packed())
+        output.data.sum().backward()
+    return state
+
+
+@layer_row
+def deterministic_algorithms(rnn: Rnn) -> Any:
+    torch.use_deterministic_algorithms(True)
+    try:
+        output, state = rnn(F, H, 2, bidirectional=True)(packed())
+        output.data.sum().backward()
+        return state
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@layer_row
+def saved_tensors_on_hooks(rnn: Rnn) -> Any:
+    x = torch.randn(T, N, F, requires_grad=True)
+    with torch.autograd.graph.save_on_cpu():
+        output, _ = rnn(F, H)(x)
+    output.sum().backward()
+    return x.grad
+
+
+@layer_row
+def double_backward(rnn: Rnn) -> Any:
+    x = torch.randn(T, N, F, requires_grad=True)
+    output, _ = rnn(F, H)(x)
+    (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    return x.grad, grad
+
+
 @layer_row
 def gradient_in_evaluation_mode(rnn: Rnn) -> Any:
     x = torch.randn(T, N, F, requires_grad=True)
@@ -814,6 +880,12 @@ def dropout_of_everything(rnn: Rnn) -> Any:
     module, x = rnn(F, H, 2, dropout=1.0), torch.randn(T, N, F, requires_grad=True)
     module(x)[0].sum().backward()
     return bool((x.grad == 0).all())
+
+
+@layer_row
+def dropout_spares_the_last_layer(rnn: Rnn) -> Any:
+    x = torch.randn(T, N, F)
+    return bool(rnn(F, H, 2, dropout=1.0)(x)[0].any()), bool(rnn(F, H, 1, dropout=1.0)(x)[0].any())  # the second warns
 
 
 @layer_row
@@ -985,6 +1057,21 @@ def tie_a_weight(rnn: Rnn) -> Any:
 
 
 @layer_row
+def prune_a_weight(rnn: Rnn) -> Any:
+    module = rnn(F, H)
+    prune.l1_unstructured(*recurrent_weight(module), amount=0.5)
+    owner, name = recurrent_weight(module)
+    return float((getattr(owner, name) == 0).float().mean()), module(torch.randn(T, N, F))
+
+
+@layer_row
+def replace_flatten_parameters(rnn: Rnn) -> Any:
+    module = rnn(F, H)
+    module.flatten_parameters = lambda: None  # as weight-dropping wrappers do
+    return module(torch.randn(T, N, F))
+
+
+@layer_row
 def edit_a_weight_in_place(rnn: Rnn) -> Any:
     module, x = rnn(F, H), torch.randn(T, N, F)
     before, _ = module(x)
@@ -1033,12 +1120,15 @@ def state_dict_round_trip(rnn: Rnn) -> Any:
     return str(report), type(first.state_dict())
 
 
-LAYER_ROWS |= {
+LAYER_MISTAKES |= {
+    "meta_to_cpu": lambda rnn: rnn(F, H, device="meta").to("cpu"),  # NotImplementedError
     "load_state_dict_of_more_layers": lambda rnn: rnn(F, H).load_state_dict(rnn(F, H, 2).state_dict()),
     "load_state_dict_of_fewer_layers": lambda rnn: rnn(F, H, 2).load_state_dict(rnn(F, H).state_dict()),
     "load_state_dict_of_other_sizes": lambda rnn: rnn(F, H).load_state_dict(rnn(F, 2 * H).state_dict()),
     "load_state_dict_without_biases": lambda rnn: rnn(F, H).load_state_dict(rnn(F, H, bias=False).state_dict()),
     "load_state_dict_of_nothing": lambda rnn: rnn(F, H).load_state_dict({}),
+}
+LAYER_ROWS |= {
     "load_state_dict_of_float64": lambda rnn: str(rnn(F, H).load_state_dict(rnn(F, H).double().state_dict())),
     "load_state_dict_by_assignment": lambda rnn: str(rnn(F, H).load_state_dict(rnn(F, H).state_dict(), assign=True)),
     "load_state_dict_not_strictly": lambda rnn: bool(rnn(F, H, 2).load_state_dict(rnn(F, H).state_dict(), False).missing_keys),
@@ -1072,7 +1162,7 @@ def save_and_load_whole(rnn: Rnn) -> Any:
     return attributes(again)
 
 
-@layer_row
+@layer_mistake
 def load_whole_weights_only(rnn: Rnn) -> Any:
     file = io.BytesIO()
     torch.save(rnn(F, H), file)
@@ -1138,7 +1228,6 @@ LAYER_ROWS |= {
     "meta_forward_with_states": lambda rnn: rnn(F, H, device="meta")(
         torch.randn(T, N, F, device="meta"), rnn.state(1, N, H, device="meta")
     ),
-    "meta_to_cpu": lambda rnn: rnn(F, H, device="meta").to("cpu"),  # NotImplementedError
     "half_backward": lambda rnn: rnn(F, H).half()(torch.randn(T, N, F).half())[0].sum().backward(),
 }
 
@@ -1175,7 +1264,8 @@ def default_dtype_is_not_asked_later(rnn: Rnn) -> Any:
 def autocast(rnn: Rnn, module: Any, *inputs: Any) -> Any:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = module(*inputs)
-    result[0].data.float().sum().backward()
+    output = result[0].data if isinstance(result[0], PackedSequence) else result[0]
+    output.float().sum().backward()
     return result, {p.grad.dtype for p in module.parameters()}
 
 
@@ -1186,6 +1276,10 @@ LAYER_ROWS |= {
     "autocast_batch_first": lambda rnn: autocast(rnn, rnn(F, H, batch_first=True, bidirectional=True), torch.randn(N, T, F)),
     "autocast_packed": lambda rnn: autocast(rnn, rnn(F, H, 2), packed()),
     "autocast_unbatched": lambda rnn: autocast(rnn, rnn(F, H), torch.randn(T, F)),
+    "autocast_packed_projected": lambda rnn: autocast(rnn, rnn(F, H, proj_size=6), packed()),
+    "autocast_bfloat16_states": lambda rnn: autocast(
+        rnn, rnn(F, H), torch.randn(T, N, F), rnn.state(1, N, H, dtype=torch.bfloat16)
+    ),
     "autocast_projected": lambda rnn: autocast(rnn, rnn(F, H, proj_size=6), torch.randn(T, N, F)),
 }
 
@@ -1288,6 +1382,26 @@ def cell_state_is_left_alone(rnn: Rnn) -> Any:
 
 
 @cell_row
+def cell_in_place_mask_on_the_states(rnn: Rnn) -> Any:
+    cell, state, done, total = rnn(F, H), rnn.state(N, H), torch.tensor([[1.0], [0.0], [1.0]]), torch.zeros(())
+    for x in torch.randn(T, N, F):
+        state = cell(x, state)
+        for h in state if rnn.kind == "LSTM" else (state,):
+            h *= done
+        total = total + (state[0] if rnn.kind == "LSTM" else state).sum()
+    total.backward()
+    return state
+
+
+@cell_row
+def cell_in_place_activation(rnn: Rnn) -> Any:
+    new = rnn(F, H)(torch.randn(N, F))
+    h = new[0] if rnn.kind == "LSTM" else new
+    h.relu_().sum().backward()
+    return h
+
+
+@cell_row
 def cell_gradients(rnn: Rnn) -> Any:
     x, hx = torch.randn(N, F, requires_grad=True), rnn.state(N, H, requires_grad=True)
     new = rnn(F, H)(x, hx)
@@ -1366,7 +1480,7 @@ BAD_CELL_ARGUMENTS: dict[str, list[Any]] = {
 }
 for name, values in BAD_CELL_ARGUMENTS.items():
     for bad in values:
-        CELL_ROWS[f"cell_with_{name}={bad!r}"] = lambda rnn, name=name, bad=bad: rnn(
+        CELL_MISTAKES[f"cell_with_{name}={bad!r}"] = lambda rnn, name=name, bad=bad: rnn(
             **{"input_size": F, "hidden_size": H, name: bad}
         )
 CELL_ROWS |= {
@@ -1386,6 +1500,8 @@ CELL_ROWS |= {
     "cell_meta": lambda rnn: rnn(F, H, device="meta")(torch.randn(N, F, device="meta")),
     "cell_autocast": lambda rnn: cell_autocast(rnn, torch.randn(N, F)),
     "cell_autocast_with_states": lambda rnn: cell_autocast(rnn, torch.randn(N, F), rnn.state(N, H)),
+}
+CELL_MISTAKES |= {
     "cell_nothing": lambda rnn: rnn(),
     "cell_no_input": lambda rnn: rnn(F, H)(),
     "cell_input_none": lambda rnn: rnn(F, H)(None),
@@ -1416,16 +1532,33 @@ CELL_ROWS |= {
 }
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+kinds = pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+
+
+@kinds
 @pytest.mark.parametrize("row", LAYER_ROWS)
 def test_layer(row: str, kind: str) -> None:
-    compare(LAYER_ROWS[row], *LAYERS[kind])
+    theirs = compare(LAYER_ROWS[row], *LAYERS[kind])
+    assert theirs.raised is None or kind == "GRU", f"the row itself is wrong: {theirs.message}"
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@kinds
+@pytest.mark.parametrize("row", LAYER_MISTAKES)
+def test_layer_mistake(row: str, kind: str) -> None:
+    compare(LAYER_MISTAKES[row], *LAYERS[kind])
+
+
+@kinds
 @pytest.mark.parametrize("row", CELL_ROWS)
 def test_cell(row: str, kind: str) -> None:
-    compare(CELL_ROWS[row], *CELLS[kind])
+    theirs = compare(CELL_ROWS[row], *CELLS[kind])
+    assert theirs.raised is None or kind == "GRU", f"the row itself is wrong: {theirs.message}"
+
+
+@kinds
+@pytest.mark.parametrize("row", CELL_MISTAKES)
+def test_cell_mistake(row: str, kind: str) -> None:
+    compare(CELL_MISTAKES[row], *CELLS[kind])
 
 
 # ---------------------------------------------------------------- where torch lets a mistake pass
@@ -1456,6 +1589,23 @@ def test_stricter_than_torch(row: str) -> None:
     call(torchs)
     with pytest.raises(error, match=message):
         call(ours)
+
+
+@pytest.mark.parametrize("rnn", LAYERS["GRU"], ids=["torch", "ours"])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_gru_output_changed_in_place_before_backward(rnn: Rnn, batch_first: bool) -> None:
+    """As nn.GRU on a CPU allows it; nn.LSTM, which is one operator there, raises RuntimeError, and RIM may."""
+    module, x = rnn(F, H, batch_first=batch_first), torch.randn(N, T, F)
+    keep = torch.ones(N, T, 1)
+    keep[0, 2:] = 0
+    gradients = []
+    for in_place in (False, True):
+        leaf = x.clone().requires_grad_()
+        output, _ = module(leaf)
+        output = output.mul_(keep) if in_place else output * keep
+        nn.ReLU(in_place)(output).sum().backward()
+        gradients.append(leaf.grad)
+    assert_close(gradients[1], gradients[0])
 
 
 def test_lone_tensor_for_two_layers() -> None:
