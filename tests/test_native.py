@@ -107,6 +107,15 @@ def test_float32_within_rounding(rnn_cell: str, input_size: int, steps: int) -> 
     assert_equal_paths(cell, torch.randn(steps, 16, input_size), states(cell, 16), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU"}, {"proj_size": 32}, {"bias": False, "num_comm_heads": 0}])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 16), (3, 5)])
+def test_few_rows(options: dict[str, Any], steps: int, batch: int) -> None:
+    """Where sizes fill vectors, at most 16 rows in all take the weights as they lie in memory."""
+    cell = make(hidden_size=64, num_units=2, k=1, key_size_input=16, num_input_heads=2, key_size_comm=16, **options)
+    x = torch.randn(steps, batch, 5, dtype=torch.float64)
+    assert_equal_paths(cell, x, states(cell, batch))
+
+
 @settings(max_examples=10)
 @given(st.integers(2, 4), st.integers(1, 30))
 def test_any_number_of_threads(threads: int, batch: int) -> None:
