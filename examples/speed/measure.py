@@ -7,7 +7,7 @@ python examples/speed/measure.py --rival PATH         # also beside the first pu
 The sections:
 
 cases    forward alone (no_grad) and forward with backward, each case of cases.py; and the floor, the arithmetic that the case
-         needs over the rate of a large matrix product, measured in the same rounds
+         needs over the rate of the machine's fastest large matrix product, measured in the same rounds
 scaling  the same as steps, batch, hidden size, units and active units double
 memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
 rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
@@ -34,6 +34,7 @@ from typing import Any
 import show
 import torch
 from cases import BASE, CASES, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
+from torch.nn import functional as F
 
 import rim_rnn
 from rim_rnn import native
@@ -68,7 +69,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def take_turns(contestants: dict[str, Callable[[], None]], rounds: int, least: float) -> dict[str, list[float]]:
+def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, least: float) -> dict[str, list[float]]:
     """Seconds per call, one figure per round. A figure is the mean of as many calls as take `least` seconds.
 
     Every round times each contestant once; every other round goes through them backwards, so that nobody always comes first.
@@ -92,7 +93,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """One case, both ways, RIM and torch's layer and a large matrix product in turns."""
     torch.manual_seed(0)
     data = Data(case)
-    contestants = {}
+    contestants: dict[str, Callable[[], object]] = {}
     for name in ("RIM", "torch"):
         layer = build(name, case)
         if name == "RIM" and (taken := layer.path(data.input).split(":")[0]) != args.path:
@@ -100,8 +101,8 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         for way, call in calls(layer, list(layer.parameters()), data).items():
             contestants[f"{name} {way}"] = call
     size = 32 if args.smoke else 1024
-    a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    contestants["product"] = lambda: torch.mm(a, b, out=c)
+    products = large_products(size)
+    contestants.update(products)
     seconds = take_turns(contestants, args.rounds, args.least)
     return {
         "case": dataclasses.asdict(case),
@@ -115,8 +116,21 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             }
             for way in WAYS
         },
-        "product": {"flops": 2 * size**3, "seconds": seconds["product"]},
+        "product": {"flops": 2 * size**3, "seconds": {name: seconds[name] for name in products}},
     }
+
+
+def large_products(size: int) -> dict[str, Callable[[], object]]:
+    """A large matrix product by each library that torch has: the machine's rate is that of the faster one.
+
+    On some processors one has twice the rate of the other; `torch.mm` takes MKL or OpenBLAS, `nn.LSTM` takes oneDNN.
+    """
+    a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    products: dict[str, Callable[[], object]] = {"torch.mm": lambda: torch.mm(a, b, out=c)}
+    if torch.backends.mkldnn.is_available():
+        a_there, b_there = a.to_mkldnn(), b.to_mkldnn()
+        products["oneDNN"] = lambda: F.linear(a_there, b_there)
+    return products
 
 
 def compare_memory(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -155,7 +169,7 @@ def compare_rival(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         comm_dropout=0.0,
     )
     first = torch.zeros(1, case.batch, case.hidden_size)  # else it draws a random one
-    contestants = {}
+    contestants: dict[str, Callable[[], object]] = {}
     layers = {"RIM": ours, "RIM, equal sizes": equal, "rival": lambda x: theirs(x, first, first)}
     for name, layer in layers.items():
         module = theirs if name == "rival" else layer
