@@ -320,8 +320,8 @@ class RIMCell(nn.Module, Generic[StateT]):
         record: bool = False,
     ) -> tuple[Tensor, State, list[Trace]]:
         """:meth:`scan`, by the native operator where :func:`rim_rnn.native.supports` has no reason to decline."""
-        if native.supports(self, input, state, record) is None:
-            return *native.scan(self, input, state, batch_sizes, reverse), []
+        if native.supports(self, input, state) is None:
+            return native.scan(self, input, state, batch_sizes, reverse, record)
         return self.scan(input, state, batch_sizes, reverse, record)
 
     def state_sizes(self) -> dict[str, int]:

@@ -299,7 +299,7 @@ class RIM(nn.Module, Generic[StateT]):
             'readable: ...'
         """
         x = input.data if isinstance(input, PackedSequence) else input
-        reasons = (native.supports(cell, x, (), bool(self._recorders)) for cell in self._cells())
+        reasons = (native.supports(cell, x, ()) for cell in self._cells())
         reason = next((r for r in reasons if r is not None), None)
         return "native" if reason is None else f"readable: {reason}"
 

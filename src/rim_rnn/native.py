@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+from rim_rnn.recording import Trace
+from rim_rnn.units import divide
+
 State = tuple[Tensor, ...]
 
 PARAMETERS = (
@@ -95,13 +98,12 @@ def _parameters(cell: Any) -> list[Tensor | None]:
     return found
 
 
-def supports(cell: Any, input: Tensor, state: State, record: bool = False) -> str | None:
+def supports(cell: Any, input: Tensor, state: State) -> str | None:
     """Why a call can not run natively, or ``None`` where it can: the one list of reasons.
 
     Args:
         cell: The :class:`RIMCell`.
         input, state: As :meth:`RIMCell.scan` takes them.
-        record: Whether the call is recorded.
 
     Returns:
         The reason for taking the readable path, or ``None``.
@@ -110,8 +112,6 @@ def supports(cell: Any, input: Tensor, state: State, record: bool = False) -> st
         return _unavailable
     if _switched_off:
         return "switched off"
-    if record:
-        return "the call is recorded"
     if input.device.type != "cpu":
         return f"the input is on {input.device}, not on the CPU"
     if input.dtype not in (torch.float32, torch.float64):
@@ -160,7 +160,7 @@ def supports(cell: Any, input: Tensor, state: State, record: bool = False) -> st
 
 
 def _num_parameters(cell: Any) -> int:
-    """How many parameters DESIGN gives the cell: fewer where something was put in the place of one, as pruning does."""
+    """How many parameters such a cell has: fewer where something was put in the place of one, as pruning does."""
     return 5 + (5 if cell.bias else 0) + (1 if cell.proj_size else 0) + (4 if cell._modules["communication"].num_heads else 0)
 
 
@@ -170,7 +170,8 @@ def scan(
     state: State,
     batch_sizes: Sequence[int] | None = None,
     reverse: bool = False,
-) -> tuple[Tensor, State]:
+    record: bool = False,
+) -> tuple[Tensor, State, list[Trace]]:
     """:meth:`RIMCell.scan` in the native operator, for calls that :func:`supports` has no reason to decline.
 
     Args:
@@ -179,9 +180,10 @@ def scan(
         state: ``(h_0, c_0)`` or ``(h_0,)``, each ``(N, features)``.
         batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
         reverse: Go from the last step to the first; results stay in the input's order of time.
+        record: Also return what each step did.
 
     Returns:
-        The outputs in the layout of ``input`` and the last states.
+        The outputs in the layout of ``input``, the last states, and one trace per step if ``record``.
 
     Raises:
         RuntimeError: A size does not fit; the message names it.
@@ -191,12 +193,48 @@ def scan(
     stages = cell._modules
     sizes = (list(batch_sizes or ()), cell.k, stages["input_attention"].num_heads, stages["communication"].num_heads, reverse)
     tensors = (input, state[0], c, *parameters)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        run: Any = torch.ops.rim_rnn.scan.default if torch.compiler.is_compiling() else _Scan.apply
-        output, h_n, c_n = run(*tensors, *sizes)[:3]
+    traces: list[Trace] = []
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if differentiable or record:
+        run: Any = _Scan.apply if differentiable and not torch.compiler.is_compiling() else torch.ops.rim_rnn.scan.default
+        output, h_n, c_n, winners, saved = run(*tensors, *sizes)
+        if record:
+            with torch.no_grad():
+                traces = _traces(cell, input, state[0], batch_sizes, reverse, output, winners, saved)
     else:
         output, h_n, c_n = torch.ops.rim_rnn.infer.default(*tensors, *sizes)
-    return output, (h_n,) if c is None else (h_n, c_n)
+    return output, (h_n,) if c is None else (h_n, c_n), traces
+
+
+def _traces(
+    cell: Any,
+    input: Tensor,
+    h_0: Tensor,
+    batch_sizes: Sequence[int] | None,
+    reverse: bool,
+    output: Tensor,
+    winners: Tensor,
+    saved: Tensor,
+) -> list[Trace]:
+    """What each step did: winners and communication as the operator kept them, ``a_input`` from the states it put out."""
+    n, k, heads = cell.num_units, cell.k, cell.communication.num_heads
+    rows = [input.size(1)] * input.size(0) if batch_sizes is None else list(batch_sizes)
+    total = sum(rows)
+    steps = torch.split(output.reshape(total, -1), rows)
+    before = []
+    for t, present in enumerate(rows):
+        earlier = t + 1 if reverse else t - 1
+        old = steps[earlier][:present] if 0 <= earlier < len(rows) else h_0[:0]
+        before.append(torch.cat([old, h_0[old.size(0) : present]]))
+    key = cell.input_attention.project(input.reshape(total, -1))
+    a_input = cell.input_attention.attend(cell.input_attention.bid(divide(torch.cat(before), n), key))
+    active = torch.zeros(total, n, dtype=torch.bool).scatter(1, winners.long(), True).t()
+    # The end of `saved`, (row, unit that is read, winner, head): csrc/problem.h.
+    kept = saved[saved.numel() - total * n * k * heads :].view(total, n, k, heads).permute(0, 3, 2, 1)
+    readers = winners.long().view(total, 1, k, 1).expand(total, heads, k, n)
+    communication = saved.new_zeros(total, heads, n, n).scatter(2, readers, kept)
+    parts = torch.split(active, rows, dim=1), torch.split(a_input, rows, dim=1), torch.split(communication, rows)
+    return [Trace(*step) for step in zip(*parts, strict=True)]
 
 
 # What torch.library wants to know of the operators: shapes of results without running, and gradients.
