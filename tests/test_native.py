@@ -149,7 +149,7 @@ def test_gradcheck(options: dict[str, Any]) -> None:
         for name, value in given_parameters.items():
             path, _, last = name.rpartition(".")
             cell.get_submodule(path)._parameters[last] = value  # type: ignore[assignment]
-        output, last_state = native.scan(cell, x, rest[: len(state)])
+        output, last_state, _ = native.scan(cell, x, rest[: len(state)])
         return output, *last_state
 
     inputs = (x, *state, *(p.detach().clone().requires_grad_() for p in parameters))
@@ -217,7 +217,7 @@ def test_equal_bids_go_to_the_lowest_unit() -> None:
     cell = make(bias=False, k=2, num_units=6)
     x = torch.randn(1, 3, 5, dtype=torch.float64)
     h, c = (torch.zeros(3, 24, dtype=torch.float64) for _ in range(2))
-    _, (_, c_n) = native.scan(cell, x, (h, c))
+    _, (_, c_n), _ = native.scan(cell, x, (h, c))
     assert torch.equal(c_n.view(3, 6, 4).ne(0).any(-1), torch.tensor([[True, True, False, False, False, False]] * 3))
     with torch.no_grad():  # units 1 and 4 are the same and bid highest: of two equal bids, the lower index
         for parameter in cell.input_attention.query.parameters():
@@ -227,7 +227,7 @@ def test_equal_bids_go_to_the_lowest_unit() -> None:
     cell.k = 1
     winners = []
     for sign in (1, -1):
-        _, (_, c_n) = native.scan(cell, x * sign, (h.flatten(1), c))
+        _, (_, c_n), _ = native.scan(cell, x * sign, (h.flatten(1), c))
         winners.append(c_n.view(3, 6, 4).ne(0).any(-1))
     assert not torch.stack(winners)[:, :, 4].any()
     assert (winners[0] | winners[1])[:, 1].all()
@@ -239,7 +239,7 @@ def test_a_bad_row_stays_alone(bad: float) -> None:
     x, state = torch.randn(4, 9, 5), states(cell, 9)
     clean = native.scan(cell, x, state)
     x[1, 4] = bad
-    output, last = native.scan(cell, x, state)
+    output, last, _ = native.scan(cell, x, state)
     others = [i for i in range(9) if i != 4]
     assert torch.equal(output[:, others], clean[0][:, others])
     for ours, theirs in zip(last, clean[1], strict=True):
@@ -253,9 +253,9 @@ def test_a_bad_row_stays_alone(bad: float) -> None:
 def test_a_row_gets_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
     cell = make(input_size=40, hidden_size=60, dtype=dtype, value_size_input=3, key_size_input=2)  # products not folded
     x, state = torch.randn(5, 23, 40, dtype=dtype), states(cell, 23)
-    output, last = native.scan(cell, x, state)
+    output, last, _ = native.scan(cell, x, state)
     for rows in (slice(0, 1), slice(3, 10), slice(10, 23)):
-        part, part_last = native.scan(cell, x[:, rows], tuple(s[rows] for s in state))
+        part, part_last, _ = native.scan(cell, x[:, rows], tuple(s[rows] for s in state))
         assert torch.equal(part, output[:, rows])
         assert all(torch.equal(a, b[rows]) for a, b in zip(part_last, last, strict=True))
 
