@@ -12,7 +12,8 @@ scaling  the same as steps, batch, hidden size, units and active units double
 memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
 rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
 
-Writes PATH.json (native.json or readable.json) in the folder --out after every measurement, the two pictures at the end.
+Measure on a machine that does nothing else. After every measurement native.json (or readable.json, for that path of ours)
+in the folder --out is replaced, and what was there of other sections and cases stays; at the end the pictures are drawn.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import runpy
 import subprocess
 import sys
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -183,20 +184,17 @@ def compare_rival(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def plan(args: argparse.Namespace) -> Iterator[tuple[str, str, Case, Callable[[Case, argparse.Namespace], dict[str, Any]]]]:
-    """What is to be measured: the section, the name in it, the case, and how."""
-    possible = {"memory": sys.platform == "linux", "rival": args.rival}
-    sections = args.sections or [section for section in SECTIONS if possible.get(section, True)]
-    if "cases" in sections:
-        yield from (("cases", name, CASES[name], compare) for name in args.cases)
-    if "scaling" in sections:
-        for field, values in SCALING.items():
-            yield from (("scaling", f"{field}={v}", dataclasses.replace(BASE, **{field: v}), compare) for v in values)
-    if "memory" in sections:
-        for field, values in MEMORY.items():
-            yield from (("memory", f"{field}={v}", dataclasses.replace(PAPER, **{field: v}), compare_memory) for v in values)
-    if "rival" in sections:
-        yield "rival", "paper", PAPER, compare_rival
+MEASURES = {"cases": compare, "scaling": compare, "memory": compare_memory, "rival": compare_rival}
+
+
+def points() -> dict[str, dict[str, Case]]:
+    """Everything that can be measured, by section and name."""
+    return {
+        "cases": CASES,
+        "scaling": {f"{field}={v}": dataclasses.replace(BASE, **{field: v}) for field, vs in SCALING.items() for v in vs},
+        "memory": {f"{field}={v}": dataclasses.replace(PAPER, **{field: v}) for field, vs in MEMORY.items() for v in vs},
+        "rival": {"paper": PAPER},
+    }
 
 
 def git(*command: str) -> str | None:
@@ -291,14 +289,21 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, path: Path, document: dict[str, Any]) -> None:
     """Measure what is planned, write after every measurement, and show everything that the document then holds."""
     now, about = datetime.now(timezone.utc).isoformat(timespec="milliseconds"), this_run(args)
+    if about["load"][0] > 0.5:
+        print(f"other processes are running (load {about['load'][0]}): layers whose threads wait for each other look slow")
     document["runs"][now] = about
-    for section, name, case, measure in plan(args):
-        entries = document.setdefault(section, {})
-        if args.resume and name in entries and document["runs"][entries[name]["run"]]["commit"] == about["commit"]:
-            continue
-        entries[name] = {"run": now, **measure(shrink(case) if args.smoke else case, args)}
-        write(path, document)
-        print(f"{section} {name}: {show.line(entries[name])}", flush=True)
+    possible = {"memory": sys.platform == "linux", "rival": args.rival}
+    for section in args.sections or [section for section in SECTIONS if possible.get(section, True)]:
+        entries = document.get(section, {})
+        for name, case in points()[section].items():
+            if section == "cases" and name not in args.cases:
+                continue
+            if args.resume and name in entries and document["runs"][entries[name]["run"]]["commit"] == about["commit"]:
+                continue
+            entries[name] = {"run": now, **MEASURES[section](shrink(case) if args.smoke else case, args)}
+            document[section] = {known: entries[known] for known in points()[section] if known in entries}
+            write(path, document)
+            print(f"{section} {name}: {show.line(entries[name])}", flush=True)
     print()
     print(show.text(document))
     for picture in show.draw(document, args.out / args.path):

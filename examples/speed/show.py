@@ -71,6 +71,11 @@ def figure(value: float) -> str:
     return f"{value:,.{max(0, 2 - int(np.floor(np.log10(value))))}f}" if value > 0 else "0"
 
 
+def times(value: float) -> str:
+    """A ratio: two decimals, and none that mean nothing."""
+    return f"{value:.2f}" if value < 10 else figure(value)
+
+
 def layer_name(entry: Entry) -> str:
     return f"nn.{entry['case']['rnn_cell']}"
 
@@ -104,8 +109,8 @@ def text(document: Entry) -> str:
             for way in WAYS:
                 low, middle, high = ratios(entry, way)
                 ours, least = milliseconds(entry, way, "RIM"), floor(entry, way)
-                rows.append([name, way, figure(ours), figure(milliseconds(entry, way, "torch")), f"{middle:.2f}"])
-                rows[-1] += [f"{low:.2f} to {high:.2f}", figure(least), f"{ours / least:.1f}"]
+                rows.append([name, way, figure(ours), figure(milliseconds(entry, way, "torch")), times(middle)])
+                rows[-1] += [f"{times(low)} to {times(high)}", figure(least), f"{ours / least:.1f}"]
                 rows[-1] += [figure(floor(entry, way, "RIM, winners only"))]
         products: dict[str, list[float]] = {}
         for entry in cases.values():
@@ -154,7 +159,7 @@ def markdown(document: Entry) -> str:
         row = [name, entry["sizes"]]
         for way in WAYS:
             low, middle, high = ratios(entry, way)
-            row += [f"{figure(milliseconds(entry, way, 'RIM'))} ms", f"**{middle:.2f}** ({low:.2f} to {high:.2f})"]
+            row += [f"{figure(milliseconds(entry, way, 'RIM'))} ms", f"**{times(middle)}** ({times(low)} to {times(high)})"]
         rows.append(row)
     rounds = sorted({len(entry["seconds"]["forward"]["RIM"]) for entry in cases.values()})
     below = [
@@ -202,7 +207,7 @@ def draw_ratios(document: Entry, path: Path) -> None:
             for place, value, end in zip(y, middle, np.where(middle < 1, low, high), strict=True):
                 inward = value < 1
                 ax.annotate(
-                    f"{value:.2f}",
+                    times(value),
                     (end, place),
                     (-4 if inward else 4, 0),
                     textcoords="offset points",
@@ -214,7 +219,7 @@ def draw_ratios(document: Entry, path: Path) -> None:
         ax.set_xscale("log", base=2)
         least, most = ax.get_xlim()
         ax.set_xlim(min(least, 0.5) / 1.25, max(most, 2) * 1.25)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:.2g}")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x > 1 else f"{x:.2g}")
         ax.xaxis.grid(True)
         ax.set_yticks(places, [f"{name}\n" for name in cases], fontweight="bold")
         for place, entry in zip(places, cases.values(), strict=True):
