@@ -98,10 +98,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def read_log(log_dir: Path) -> list[dict[str, Any]]:
+    return checkpoint.read_metrics(log_dir / checkpoint.METRICS)
+
+
 def essence(log_dir: Path) -> list[dict[str, Any]]:
     """The log, without when, by which command and at which commit it was written: the checkout may change meanwhile."""
     apart = ("seconds", "began", "command", "commit", "resumed")
-    return [{name: value for name, value in line.items() if name not in apart} for line in checkpoint.read_metrics(log_dir)]
+    return [{name: value for name, value in line.items() if name not in apart} for line in read_log(log_dir)]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -284,7 +288,7 @@ def test_a_run_leaves_table_log_checkpoint_and_pictures(
 ) -> None:
     log_dir = tmp_path / "run"
     run("--epochs", 2, "--log_dir", log_dir, "--seed", 3)
-    header, *epochs = checkpoint.read_metrics(log_dir)
+    header, *epochs = read_log(log_dir)
     assert header["arguments"]["seed"] == 3
     assert header["arguments"]["hidden_size"] == 12
     assert header["torch"] == str(torch.__version__)
@@ -332,7 +336,7 @@ def test_it_learns(run: Callable[..., None], tmp_path: Path) -> None:
     """A few digits by heart, in seven steps of two lines each."""
     args = ["--input_size", 28, "--hidden_size", 24, "--input_dropout", 0, "--comm_dropout", 0, "--eval_sizes", 14]
     run(*args, "--epochs", 60, "--lr", 0.01, "--lr_schedule", "cosine", "--log_dir", tmp_path)
-    _, first, *_, last = checkpoint.read_metrics(tmp_path)
+    _, first, *_, last = read_log(tmp_path)
     assert first["train_accuracy"] < 0.4
     assert last["train_accuracy"] > 0.9
 
@@ -500,7 +504,7 @@ def test_sigkill_and_resume_end_bit_for_bit_as_an_uninterrupted_run(digits: Path
     kill_in_the_middle(start(resume), killed, epoch=2)
     assert start(resume).wait() == 0
     assert_same_run(tmp_path / "whole", killed)
-    assert len(checkpoint.read_metrics(killed)) == 1 + 3
+    assert len(read_log(killed)) == 1 + 3
 
 
 def test_dropout_draws_depend_on_the_saved_generator(run: Callable[..., None], tmp_path: Path) -> None:
@@ -548,7 +552,7 @@ def test_a_changed_commit_is_noted_when_a_run_goes_on(
     monkeypatch.setattr(train, "commit", lambda: "another")
     for epochs in (2, 3):
         run("--loadsaved", "--epochs", epochs, "--log_dir", finished, small=False)
-    header = checkpoint.read_metrics(finished)[0]
+    header = read_log(finished)[0]
     assert header["commit"] != "another"
     assert header["resumed"] == [{"epochs": 1, "commit": "another", "torch": str(torch.__version__)}]
 
@@ -664,7 +668,7 @@ def test_no_train_evaluates_the_saved_model_and_leaves_the_run_alone(
     before = contents(finished)
     capsys.readouterr()
     run("--no-train", "--eval_sizes", 15, 20, "--log_dir", finished, small=False)
-    accuracy = checkpoint.read_metrics(finished)[-1]["test_accuracy"]["15"]
+    accuracy = read_log(finished)[-1]["test_accuracy"]["15"]
     assert (
         f"| RIM | 15x15 | 20x20 |\n| --- | ---: | ---: |\n| test accuracy, % | {100 * accuracy:.1f} | "
         in capsys.readouterr().out
@@ -675,16 +679,17 @@ def test_no_train_evaluates_the_saved_model_and_leaves_the_run_alone(
 
 
 def test_table_and_curves_come_from_the_log_alone(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in finished.iterdir():
-        if path.name != checkpoint.METRICS and path.is_file():
-            path.unlink()
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["report.py", str(finished)])
+    log, picture = EXAMPLE / "results" / "demo.jsonl", tmp_path / "curves.png"
+    monkeypatch.setattr(sys, "argv", ["report.py", str(log), str(picture)])
     report.main()
-    assert (finished / report.CURVES).exists()
-    assert capsys.readouterr().out.startswith("| RIM | 14x14 | 15x15 |\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    accuracies = json.loads(log.read_text().splitlines()[-1])["test_accuracy"].values()
+    cells = " | ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
+    assert f"| RIM | 14x14 | 16x16 | 19x19 | 24x24 |\n| --- | ---: | ---: | ---: | ---: |\n| test accuracy, % | {cells} |" in (
+        capsys.readouterr().out
+    )
 
 
 # --- Several processes
@@ -702,7 +707,7 @@ def test_two_processes_have_the_losses_of_one_and_go_on_after_sigkill(
     args += ["--checkpoint_minutes", 0, "--log_dir"]
     run(*args, tmp_path / "one", small=False)
     assert start(torchrun(*args, tmp_path / "two")).wait() == 0
-    one, two = (checkpoint.read_metrics(tmp_path / name)[1:] for name in ("one", "two"))
+    one, two = (read_log(tmp_path / name)[1:] for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-5)

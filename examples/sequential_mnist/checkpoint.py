@@ -59,8 +59,8 @@ def write_metrics(log_dir: Path, metrics: list[dict[str, Any]]) -> None:
     replace(log_dir / METRICS, "".join(json.dumps(line) + "\n" for line in metrics).encode())
 
 
-def read_metrics(log_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (log_dir / METRICS).read_text().splitlines()]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def append_metrics(log_dir: Path, line: dict[str, Any]) -> None:

@@ -75,8 +75,9 @@ def draw_curves(path: Path, header: dict[str, Any], epochs: list[dict[str, Any]]
         axes[0].annotate("chance", (steps[0], 10), (0, -10), textcoords="offset points", color=FAINT, fontsize=8)
         axes[1].set(title="cross-entropy", ylim=(0, None))
         axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        plural = "s" * (args["input_size"] > 1)
         figure.suptitle(
-            f"{args['model']}, {args['hidden_size']} hidden, {args['input_size']} pixel(s) per step, seed {args['seed']}",
+            f"{args['model']}, {args['hidden_size']} hidden, {args['input_size']} pixel{plural} per step, seed {args['seed']}",
             x=0.01, ha="left",
         )  # fmt: skip
         figure.savefig(path)
@@ -140,11 +141,12 @@ def paint(ink: np.ndarray, active: np.ndarray, color: tuple[float, float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("log_dir", type=Path)
+    parser.add_argument("log", type=Path, help="the metrics.jsonl of a run")
+    parser.add_argument("picture", type=Path, help="the file to draw accuracy and loss into")
     args = parser.parse_args()
-    header, *epochs = checkpoint.read_metrics(args.log_dir)
+    header, *epochs = checkpoint.read_metrics(args.log)
     print(table(header["arguments"]["model"], epochs[-1]))
-    draw_curves(args.log_dir / CURVES, header, epochs)
+    draw_curves(args.picture, header, epochs)
 
 
 if __name__ == "__main__":
