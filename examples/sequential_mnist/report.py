@@ -1,6 +1,6 @@
 """A run in a table and two pictures: accuracy and loss over the epochs; what the units did, pixel by pixel.
 
-python report.py LOG_DIR                 # table and first picture once more, from the log alone
+python report.py LOG PICTURE             # table and first picture once more, from metrics.jsonl alone
 """
 
 import argparse
