@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo check docs speed
+.PHONY: setup demo check docs
 
 setup: $(VENV)/ready
 
