@@ -92,36 +92,39 @@ MUTANTS = [
     Mutant(
         "input dropout does not scale",
         ATTENTION,
-        "return F.dropout(a_input, self.dropout, self.training)",
-        "return F.dropout(a_input, self.dropout, self.training) * (1 - self.dropout)",
+        "return a_input if keep is None else a_input * keep.transpose(0, 1)",
+        "return a_input if keep is None else a_input * keep.transpose(0, 1) * (1 - self.dropout)",
     ),
-    Mutant("input dropout in eval mode", ATTENTION, "(a_input, self.dropout, self.training)", "(a_input, self.dropout, True)"),
+    Mutant("input dropout in eval mode", ATTENTION, "if not (self.dropout and self.training):", "if not self.dropout:"),
     Mutant(
         "one draw of input dropout for all units",
         ATTENTION,
-        "return F.dropout(a_input, self.dropout, self.training)",
-        "return a_input * F.dropout(torch.ones_like(a_input[:1]), self.dropout, self.training)",
+        "a_input * keep.transpose(0, 1)",
+        "a_input * keep.transpose(0, 1)[:1]",
     ),
     Mutant(
-        "dropout before the competition", CELL, "compete(score, self.k)", "compete(self.input_attention.drop(score), self.k)"
+        "dropout before the competition",
+        CELL,
+        "compete(score, self.k)",
+        "compete(self.input_attention.drop(score, projected.keep_input), self.k)",
     ),
     Mutant(
         "communication dropout does not scale",
         COMMUNICATION,
-        "F.dropout(attention, self.dropout, self.training)",
-        "F.dropout(attention, self.dropout, self.training) * (1 - self.dropout)",
+        "attention * keep.reshape(attention.shape)",
+        "attention * keep.reshape(attention.shape) * (1 - self.dropout)",
     ),
     Mutant(
         "communication dropout in eval mode",
         COMMUNICATION,
-        "(attention, self.dropout, self.training)",
-        "(attention, self.dropout, True)",
+        "if not (self.dropout and self.training and self.num_heads):",
+        "if not (self.dropout and self.num_heads):",
     ),
     Mutant(
         "communication dropout on the values instead of the probabilities",
         COMMUNICATION,
-        "F.dropout(attention, self.dropout, self.training), value)",
-        "attention, F.dropout(value, self.dropout, self.training))",
+        "context = torch.bmm(dropped, value)",
+        "context = torch.bmm(attention, value if keep is None else value * keep.reshape(attention.shape)[..., :1])",
     ),
     Mutant("dropout after the last layer too", LAYER, "if self.dropout and layer < self.num_layers - 1:", "if self.dropout:"),
     Mutant(
@@ -242,16 +245,17 @@ MUTANTS = [
     Mutant(
         "communication touches c",
         CELL,
-        "h, attention = self.communication(h, active, comm_weight)",
+        "h, attention = self.communication(h, active, comm_weight, projected.keep_comm)",
         "before = h\n"
-        "        h, attention = self.communication(h, active, comm_weight)\n"
+        "        h, attention = self.communication(h, active, comm_weight, projected.keep_comm)\n"
         "        c = [s + (h - before).mean(-1, keepdim=True) for s in c]",
     ),
     Mutant(
         "communication among the states from before the step",
         CELL,
-        "h, attention = self.communication(h, active, comm_weight)",
-        "read, attention = self.communication(state[0], active, comm_weight)\n        h = h + read - state[0]",
+        "h, attention = self.communication(h, active, comm_weight, projected.keep_comm)",
+        "read, attention = self.communication(state[0], active, comm_weight, projected.keep_comm)\n"
+        "        h = h + read - state[0]",
     ),
     # Time, directions, layers, packing
     Mutant("the reverse direction runs forward", CELL, "range(len(sizes) - 1, -1, -1) if reverse else range", "range"),
@@ -284,7 +288,7 @@ MUTANTS = [
         "input attention recorded after dropout",
         CELL,
         "Trace(active, a_input, attention)",
-        "Trace(active, self.input_attention.drop(a_input), attention)",
+        "Trace(active, self.input_attention.drop(a_input, projected.keep_input), attention)",
     ),
     Mutant("what the reverse direction did, last step first", CELL, "traces[::-1] if reverse else traces", "traces"),
     Mutant("records keep the graph", CELL, "part.detach() for part in trace", "part for part in trace"),

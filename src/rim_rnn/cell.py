@@ -48,11 +48,23 @@ class UnitOptions(TypedDict, total=False):
     comm_dropout: float
 
 
+Keep = tuple[Tensor | None, Tensor | None]
+"""What dropout drew for the input attention, ``(M, n, H)``, and for the communication, ``(M, heads, n, n)``."""
+
+
 class Projected(NamedTuple):
-    """Everything a step needs that depends on ``x`` alone."""
+    """Everything a step needs that does not depend on the state: what depends on ``x`` alone, and what dropout drew."""
 
     key: Tensor  # (M, H*key_size): x W^e + b^e
     gates: Tensor  # (H, M, n, G*u): (x W^v + b^v) W_ih
+    keep_input: Tensor | None  # (M, n, H)
+    keep_comm: Tensor | None  # (M, heads, n, n)
+
+    def split(self, sizes: list[int]) -> list["Projected"]:
+        """The rows of each step, of which there are ``sizes``."""
+        rows_at = (0, 1, 0, 0)
+        parts = ([None] * len(sizes) if p is None else torch.split(p, sizes, d) for p, d in zip(self, rows_at, strict=True))
+        return [Projected(*step) for step in zip(*parts, strict=True)]
 
 
 class RIMCell(nn.Module, Generic[StateT]):
@@ -243,9 +255,13 @@ class RIMCell(nn.Module, Generic[StateT]):
         for stage in (self.input_attention, self.dynamics, self.communication):
             stage.reset_parameters()
 
-    def project(self, x: Tensor) -> Projected:
-        """What depends on ``x`` alone, for one step or for all at once: ``x`` is ``(M, input_size)``."""
-        return Projected(self.input_attention.project(x), self.dynamics.project(x, self.input_attention.value))
+    def draw(self, x: Tensor) -> Keep:
+        """Dropout's draws, for one step or for all at once: ``x`` is ``(..., input_size)``, ``M`` rows in all."""
+        return self.input_attention.draw(x), self.communication.draw(x)
+
+    def project(self, x: Tensor, keep: Keep) -> Projected:
+        """What does not depend on the state, for one step or for all at once: ``x`` is ``(M, input_size)``."""
+        return Projected(self.input_attention.project(x), self.dynamics.project(x, self.input_attention.value), *keep)
 
     def step(self, projected: Projected, state: State, comm_weight: Tensor | None) -> tuple[State, Trace]:
         """One step of section 2, on unit-major states ``(n, N, ...)``."""
@@ -255,11 +271,11 @@ class RIMCell(nn.Module, Generic[StateT]):
         # Competition: the k highest bids win.
         active = compete(score, self.k)
         # Independent dynamics, equation 4: winners only.
-        gates = self.dynamics.read(self.input_attention.drop(a_input), projected.gates)
+        gates = self.dynamics.read(self.input_attention.drop(a_input, projected.keep_input), projected.gates)
         new = self.dynamics(gates, state)
         h, *c = self.dynamics.keep_losers(active, new, state)
         # Communication, equations 5 and 6: winners read every unit.
-        h, attention = self.communication(h, active, comm_weight)
+        h, attention = self.communication(h, active, comm_weight, projected.keep_comm)
         return (h, *c), Trace(active, a_input, attention)
 
     def scan(
@@ -269,6 +285,7 @@ class RIMCell(nn.Module, Generic[StateT]):
         batch_sizes: list[int] | None = None,
         reverse: bool = False,
         record: bool = False,
+        keep: Keep | None = None,
     ) -> tuple[Tensor, State, list[Trace]]:
         """The step over time.
 
@@ -278,13 +295,15 @@ class RIMCell(nn.Module, Generic[StateT]):
             batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
             reverse: Go from the last step to the first; results stay in the input's order of time.
             record: Also return what each step did.
+            keep: What :meth:`draw` returned for the input's rows in packed order; drawn here if not given.
 
         Returns:
             The outputs in the layout of ``input``, the last states, and one trace per step if ``record``.
         """
         sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes
-        projected = self.project(input.reshape(-1, input.size(-1)))
-        keys, gates = torch.split(projected.key, sizes), torch.split(projected.gates, sizes, dim=1)
+        x = input.reshape(-1, input.size(-1))
+        projected = self.project(x, self.draw(x) if keep is None else keep)
+        steps = projected.split(sizes)
         comm_weight = self.communication.weight()
 
         first = tuple(divide(s, self.num_units) for s in state)
@@ -300,7 +319,7 @@ class RIMCell(nn.Module, Generic[StateT]):
             elif sizes[t] > present:  # rows whose sequence begins, seen from its end
                 now = tuple(torch.cat([s, s_0[:, present : sizes[t]]], dim=1) for s, s_0 in zip(now, first, strict=True))
             present = sizes[t]
-            now, trace = self.step(Projected(keys[t], gates[t]), now, comm_weight)
+            now, trace = self.step(steps[t], now, comm_weight)
             outputs[t] = now[0]
             if record:
                 traces.append(Trace(*(part.detach() for part in trace)))

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rim_rnn.units import UnitLinear
+from rim_rnn.units import UnitLinear, draw_dropout
 
 
 class Communication(nn.Module):
@@ -56,13 +55,21 @@ class Communication(nn.Module):
             return None
         return torch.cat([self.query.weight, self.key.weight, self.value.weight], dim=-1)
 
-    def forward(self, h: Tensor, active: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Dropout on the probabilities, ``(M, heads, n, n)``: a draw per row, head, reader and unit that is read."""
+        if not (self.dropout and self.training and self.num_heads):
+            return None
+        n = self.query.weight.size(0)
+        return draw_dropout(self.dropout, x, self.num_heads, n, n)
+
+    def forward(self, h: Tensor, active: Tensor, weight: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """One exchange.
 
         Args:
             h: ``h~`` of every unit, ``(n, N, p)``.
             active: The winners, ``(n, N)``.
             weight: What :meth:`weight` returns.
+            keep: What :meth:`draw` returns, for these rows.
 
         Returns:
             The new ``h``, ``(n, N, p)``, and the attention before dropout, ``(N, heads, n readers, n read)``.
@@ -79,7 +86,8 @@ class Communication(nn.Module):
             for part, size in zip(torch.split(torch.bmm(h, weight), sizes, dim=-1), sizes, strict=True)
         )
         attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)) / math.sqrt(d), dim=-1)
-        context = torch.bmm(F.dropout(attention, self.dropout, self.training), value)
+        dropped = attention if keep is None else attention * keep.reshape(attention.shape)
+        context = torch.bmm(dropped, value)
         context = context.view(batch, heads, n, self.value_size).permute(2, 0, 1, 3).reshape(n, batch, sizes[2])
         attention = attention.view(batch, heads, n, n)
         return torch.where(active.unsqueeze(-1), h + self.output(context), h), attention

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rim_rnn.units import UnitLinear, autocast_dtype
+from rim_rnn.units import UnitLinear, autocast_dtype, draw_dropout
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -72,9 +72,15 @@ class InputAttention(nn.Module):
         """``a_input``, the second entry of ``softmax([0, score])``."""
         return torch.sigmoid(score)
 
-    def drop(self, a_input: Tensor) -> Tensor:
-        """Dropout on the probabilities, one draw per row, unit and head. (The null row's draw would scale a zero value.)"""
-        return F.dropout(a_input, self.dropout, self.training)
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Dropout on the probabilities, ``(M, n, H)``: a draw per row, unit and head. (The null row's would scale a zero.)"""
+        if not (self.dropout and self.training):
+            return None
+        return draw_dropout(self.dropout, x, self.query.weight.size(0), self.num_heads)
+
+    def drop(self, a_input: Tensor, keep: Tensor | None) -> Tensor:
+        """``a_input`` ``(n, N, H)`` after dropout: times what :meth:`draw` returned for these rows."""
+        return a_input if keep is None else a_input * keep.transpose(0, 1)
 
 
 def compete(score: Tensor, k: int) -> Tensor:

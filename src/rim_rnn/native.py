@@ -130,11 +130,6 @@ def supports(cell: Any, input: Tensor, state: State) -> str | None:
     elif torch.compiler.is_exporting():
         return "torch.export: the graph stays portable"
     stages = cell._modules
-    if cell.training:
-        if stages["input_attention"].dropout:
-            return "input_dropout is on"
-        if stages["communication"].dropout and stages["communication"].num_heads:
-            return "comm_dropout is on"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
         return "a global module hook is registered"
     tensors: list[Any] = [input, *state]
@@ -171,6 +166,7 @@ def scan(
     batch_sizes: Sequence[int] | None = None,
     reverse: bool = False,
     record: bool = False,
+    keep: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, State, list[Trace]]:
     """:meth:`RIMCell.scan` in the native operator, for calls that :func:`supports` has no reason to decline.
 
@@ -181,6 +177,7 @@ def scan(
         batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
         reverse: Go from the last step to the first; results stay in the input's order of time.
         record: Also return what each step did.
+        keep: What :meth:`RIMCell.draw` returned for the input's rows in packed order; drawn here if not given.
 
     Returns:
         The outputs in the layout of ``input``, the last states, and one trace per step if ``record``.
@@ -192,7 +189,9 @@ def scan(
     c = state[1] if len(state) == 2 else None
     stages = cell._modules
     sizes = (list(batch_sizes or ()), cell.k, stages["input_attention"].num_heads, stages["communication"].num_heads, reverse)
-    tensors = (input, state[0], c, *parameters)
+    if keep is None:
+        keep = cell.draw(input)
+    tensors = (input, state[0], c, *parameters, *keep)
     traces: list[Trace] = []
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if differentiable or record:
@@ -239,7 +238,7 @@ def _traces(
 
 # What torch.library wants to know of the operators: shapes of results without running, and gradients.
 
-NUM_TENSORS = 3 + len(PARAMETERS)
+NUM_TENSORS = 3 + len(PARAMETERS) + 2
 
 
 def _infer_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,7 +265,7 @@ def _scan_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[
 
 def _backward_fake(*args: Any) -> list[Tensor]:
     input_grad, tensors = args[6], args[7 : 7 + NUM_TENSORS]
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:-2] if t is not None]
     return grads if input_grad else [grads[0].new_empty(0), *grads[1:]]
 
 
@@ -279,19 +278,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     *tensors, output, winners, saved = ctx.saved_tensors
+    without = None, None, *(None for _ in ctx.sizes)  # what dropout drew, and the sizes, have no gradient
     if torch.is_grad_enabled():  # exactly when the caller asked for create_graph
         found = _differentiate_readable(tensors, ctx.sizes, grads[:3], ctx.needs_input_grad)
-        return *found, *(None for _ in ctx.sizes)
+        return *found, *without
     grad_c = None if tensors[2] is None else grads[2]
     results = iter(
         torch.ops.rim_rnn.scan_backward.default(
             grads[0], grads[1], grad_c, output, winners, saved, ctx.needs_input_grad[0], *tensors, *ctx.sizes
         )
     )
-    by_tensor = [None if t is None else next(results) for t in tensors]
+    by_tensor = [None if t is None else next(results) for t in tensors[:-2]]
     if not ctx.needs_input_grad[0]:
         by_tensor[0] = None
-    return *by_tensor, *(None for _ in ctx.sizes)
+    return *by_tensor, *without
 
 
 class _Readable(nn.Module):
@@ -301,8 +301,10 @@ class _Readable(nn.Module):
         super().__init__()
         self.cell = cell
 
-    def forward(self, input: Tensor, state: State, batch_sizes: list[int] | None, reverse: bool) -> tuple[Tensor, ...]:
-        output, last, _ = self.cell.scan(input, state, batch_sizes, reverse)
+    def forward(
+        self, input: Tensor, state: State, batch_sizes: list[int] | None, reverse: bool, keep: Any
+    ) -> tuple[Tensor, ...]:
+        output, last, _ = self.cell.scan(input, state, batch_sizes, reverse, keep=keep)
         return output, *last
 
 
@@ -312,6 +314,7 @@ def _differentiate_readable(
     """The gradients by way of the readable path, themselves differentiable: what double backward takes."""
     from rim_rnn.cell import RIMCell  # the one look upwards: the definition itself, on a detour that few calls take
 
+    *tensors, keep_input, keep_comm = tensors
     input, h, c, query, query_bias, key, _, value, _, weight_ih, *_ = tensors
     comm_query, _, comm_value, _ = tensors[-4:]
     batch_sizes, k, heads, comm_heads, reverse = sizes
@@ -336,7 +339,9 @@ def _differentiate_readable(
         )
     parameters = {f"cell.{path}.{name}": t for (path, name), t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None}
     state = (h,) if c is None else (h, c)
-    results = torch.func.functional_call(_Readable(cell), parameters, (input, state, batch_sizes or None, reverse))
+    results = torch.func.functional_call(
+        _Readable(cell), parameters, (input, state, batch_sizes or None, reverse, (keep_input, keep_comm))
+    )
     given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None]
     differentiable = [t for t, want in zip(tensors, wanted, strict=False) if t is not None and want]
     found = iter(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def choose_num_units(hidden_size: int, proj_size: int = 0, stacklevel: int = 3) -> int:
@@ -131,6 +132,11 @@ def divide(state: Tensor, num_units: int) -> Tensor:
 def unite(state: Tensor) -> Tensor:
     """The inverse of :func:`divide`, ``(n, N, p)`` -> ``(N, n*p)``."""
     return state.transpose(0, 1).reshape(state.size(1), state.size(0) * state.size(2)).contiguous()
+
+
+def draw_dropout(probability: float, x: Tensor, *shape: int) -> Tensor:
+    """What dropout multiplies probabilities with, 0 or ``1/(1-p)`` each: ``(M, *shape)`` for ``M`` rows of ``x``."""
+    return F.dropout(x.new_ones(x.numel() // x.size(-1), *shape), probability)
 
 
 def describe(module: Any, **defaults: object) -> str:

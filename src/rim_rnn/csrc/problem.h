@@ -70,6 +70,7 @@ struct Problem {
   Sizes s;
   const T *input, *h, *c;
   Parameters<const T> weight;
+  const T *keep_input, *keep_comm;  // dropout: what to scale probabilities with, (total, n, heads), (total, comm_heads, n, n); or null
   T *output, *last_h, *last_c;  // read by backward
   bool save;
   Saved<T> saved;

@@ -78,14 +78,18 @@ int narrow(const char* name, int64_t size) {
   return static_cast<int>(size);
 }
 
-// The arguments that both operators share, in the order of the schema.
+// The arguments that all operators share, in the order of the schema.
 struct Arguments {
-  const Tensor& input;
-  const Tensor& h;
+  const Tensor &input, &h;
   const Optional& c;
-  const Tensor &query, &key, &value, &weight_ih, &weight_hh;
-  const Optional &query_bias, &key_bias, &value_bias, &bias_ih, &bias_hh, &weight_hr;
-  const Optional &comm_query, &comm_key, &comm_value, &comm_output;
+  const Tensor& query;
+  const Optional& query_bias;
+  const Tensor& key;
+  const Optional& key_bias;
+  const Tensor& value;
+  const Optional& value_bias;
+  const Tensor &weight_ih, &weight_hh;
+  const Optional &bias_ih, &bias_hh, &weight_hr, &comm_query, &comm_key, &comm_value, &comm_output, &keep_input, &keep_comm;
   const std::vector<int64_t>& batch_sizes;
   int64_t k, heads, comm_heads;
   bool reverse;
@@ -147,7 +151,7 @@ struct Call {
 
     const int64_t n = s.n, p = s.p, u = s.u, d_q = int64_t(s.heads) * s.key, d_v = int64_t(s.heads) * s.value, gates = s.weight_gates();
     const bool comm = s.comm_heads > 0;
-    inputs.reserve(18);
+    inputs.reserve(20);
     const auto take = [&](const char* name, const Optional& tensor, std::vector<int64_t> shape, bool present = true) -> const T* {
       inputs.emplace_back(name, tensor, shape, present);
       return inputs.back();
@@ -172,6 +176,8 @@ struct Call {
     w.comm_key = take("communication.key.weight", a.comm_key, {n, p, s.e()}, comm);
     w.comm_value = take("communication.value.weight", a.comm_value, {n, p, s.w()}, comm);
     w.comm_output = take("communication.output.weight", a.comm_output, {n, s.w(), p}, comm);
+    problem.keep_input = take("keep_input", a.keep_input, {s.total, n, s.heads}, a.keep_input.has_value());
+    problem.keep_comm = take("keep_comm", a.keep_comm, {s.total, s.comm_heads, n, n}, comm && a.keep_comm.has_value());
 
     s.input_scale = 1 / std::sqrt(double(s.key));
     s.comm_scale = comm ? 1 / std::sqrt(double(s.comm_key)) : 0;
@@ -302,22 +308,20 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   return grads;
 }
 
-// The schema. Parameters by their names in the state_dict; absent ones are None.
-#define RIM_PARAMETERS                                                                                                         \
+// The schema, and the same as C++ declares and passes it. Parameters by their names in the state_dict; absent ones are None.
+#define RIM_SCHEMA                                                                                                             \
   "Tensor input, Tensor h, Tensor? c, Tensor query, Tensor? query_bias, Tensor key, Tensor? key_bias, Tensor value, "          \
   "Tensor? value_bias, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "              \
-  "Tensor? comm_query, Tensor? comm_key, Tensor? comm_value, Tensor? comm_output, int[] batch_sizes, int k, int heads, "       \
-  "int comm_heads, bool reverse"
-
-Arguments arguments(const Tensor& input, const Tensor& h, const Optional& c, const Tensor& query, const Optional& query_bias,
-                    const Tensor& key, const Optional& key_bias, const Tensor& value, const Optional& value_bias,
-                    const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh,
-                    const Optional& weight_hr, const Optional& comm_query, const Optional& comm_key, const Optional& comm_value,
-                    const Optional& comm_output, const std::vector<int64_t>& batch_sizes, int64_t k, int64_t heads,
-                    int64_t comm_heads, bool reverse) {
-  return {input,     h,       c,       query,     key,        value,    weight_ih,  weight_hh,   query_bias,  key_bias, value_bias, bias_ih,
-          bias_hh,   weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k,        heads,      comm_heads, reverse};
-}
+  "Tensor? comm_query, Tensor? comm_key, Tensor? comm_value, Tensor? comm_output, Tensor? keep_input, Tensor? keep_comm, "     \
+  "int[] batch_sizes, int k, int heads, int comm_heads, bool reverse"
+#define RIM_DECLARED                                                                                                           \
+  Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key, Optional key_bias, Tensor value,          \
+  Optional value_bias, Tensor weight_ih, Tensor weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,             \
+  Optional comm_query, Optional comm_key, Optional comm_value, Optional comm_output, Optional keep_input, Optional keep_comm,  \
+  std::vector<int64_t> batch_sizes, int64_t k, int64_t heads, int64_t comm_heads, bool reverse
+#define RIM_PASSED                                                                                                             \
+  input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,         \
+  comm_query, comm_key, comm_value, comm_output, keep_input, keep_comm, batch_sizes, k, heads, comm_heads, reverse
 
 bool is_double(const Tensor& input) {
   const ScalarType type = input.scalar_type();
@@ -325,34 +329,20 @@ bool is_double(const Tensor& input) {
   return type == ScalarType::Double;
 }
 
-Results scan(Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key, Optional key_bias, Tensor value,
-             Optional value_bias, Tensor weight_ih, Tensor weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
-             Optional comm_query, Optional comm_key, Optional comm_value, Optional comm_output, std::vector<int64_t> batch_sizes,
-             int64_t k, int64_t heads, int64_t comm_heads, bool reverse) {
-  const Arguments a = arguments(input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh,
-                                weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k, heads, comm_heads, reverse);
+Results scan(RIM_DECLARED) {
+  const Arguments a{RIM_PASSED};
   return is_double(input) ? scan_as<double>(a, true) : scan_as<float>(a, true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> infer(
-    Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key, Optional key_bias, Tensor value,
-    Optional value_bias, Tensor weight_ih, Tensor weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,
-    Optional comm_query, Optional comm_key, Optional comm_value, Optional comm_output, std::vector<int64_t> batch_sizes,
-    int64_t k, int64_t heads, int64_t comm_heads, bool reverse) {
-  const Arguments a = arguments(input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh,
-                                weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k, heads, comm_heads, reverse);
+std::tuple<Tensor, Tensor, Tensor> infer(RIM_DECLARED) {
+  const Arguments a{RIM_PASSED};
   const Results all = is_double(input) ? scan_as<double>(a, false) : scan_as<float>(a, false);
   return {std::get<0>(all), std::get<1>(all), std::get<2>(all)};
 }
 
 std::vector<Tensor> scan_backward(Optional grad_output, Optional grad_h, Optional grad_c, Tensor output, Tensor winners, Tensor saved,
-                                  bool input_grad, Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key,
-                                  Optional key_bias, Tensor value, Optional value_bias, Tensor weight_ih, Tensor weight_hh,
-                                  Optional bias_ih, Optional bias_hh, Optional weight_hr, Optional comm_query, Optional comm_key,
-                                  Optional comm_value, Optional comm_output, std::vector<int64_t> batch_sizes, int64_t k,
-                                  int64_t heads, int64_t comm_heads, bool reverse) {
-  const Arguments a = arguments(input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh,
-                                weight_hr, comm_query, comm_key, comm_value, comm_output, batch_sizes, k, heads, comm_heads, reverse);
+                                  bool input_grad, RIM_DECLARED) {
+  const Arguments a{RIM_PASSED};
   return is_double(input) ? scan_backward_as<double>(a, grad_output, grad_h, grad_c, output, winners, saved, input_grad)
                           : scan_backward_as<float>(a, grad_output, grad_h, grad_c, output, winners, saved, input_grad);
 }
@@ -361,10 +351,10 @@ std::vector<Tensor> scan_backward(Optional grad_output, Optional grad_h, Optiona
 }  // namespace rim
 
 STABLE_TORCH_LIBRARY(rim_rnn, m) {
-  m.def("infer(" RIM_PARAMETERS ") -> (Tensor output, Tensor h_n, Tensor c_n)");
-  m.def("scan(" RIM_PARAMETERS ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor winners, Tensor saved)");
+  m.def("infer(" RIM_SCHEMA ") -> (Tensor output, Tensor h_n, Tensor c_n)");
+  m.def("scan(" RIM_SCHEMA ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor winners, Tensor saved)");
   m.def("scan_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor output, Tensor winners, Tensor saved, "
-        "bool input_grad, " RIM_PARAMETERS ") -> Tensor[]");
+        "bool input_grad, " RIM_SCHEMA ") -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CPU, m) {

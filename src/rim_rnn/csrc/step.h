@@ -61,7 +61,7 @@ struct Block {
   int* head_of;                           // (pairs)
 
   // Backward only.
-  T *dh, *dc, *dx, *dheard, *dasked, *doperand, *dscores, *tilde;
+  T *dh, *dc, *dx, *dheard, *dasked, *doperand, *dscores, *dropped, *tilde;
   T **dasking, **dhearing;
   const T** before;       // of each row: h before the step, (n, p)
   Panel<T>*gates_panel, *query_panel, *project_panel, *talk_panel, *output_panel;  // of each unit
@@ -110,6 +110,7 @@ struct Block {
     dheard = arena.take<T>(R * n * ld_heard);
     dasked = arena.take<T>(R * ld_state);
     dscores = arena.take<T>(n * ld_pairs);
+    dropped = problem.keep_comm ? arena.take<T>(n * ld_pairs) : probabilities;
     dasking = arena.take<T*>(pairs);
     dhearing = arena.take<T*>(pairs);
     tilde = arena.take<T>(R * n * p);
@@ -205,23 +206,26 @@ struct Block {
     }
   }
 
-  // A winner's operand: [h | 1 | a_input * feature].
-  void gather(int i, const T* state_, const T* a, T* to) const {
+  // A winner's operand: [h | 1 | a_input * feature], a_input after dropout.
+  void gather(int i, int j, const T* state_, const T* a, T* to) const {
     copy(to, state_, p);
     if (s.bias) to[p] = 1;
     to += p1;
     for (int head = 0; head < H; ++head, to += s.F()) {
       const T* feature = value_of(i, head);
-      for (int f = 0; f < s.F(); f += WIDTH<T>) store(to + f, a[head] * load(feature + f, s.F() - f), s.F() - f);
+      const T coefficient = a[head] * kept(i, j, head);
+      for (int f = 0; f < s.F(); f += WIDTH<T>) store(to + f, coefficient * load(feature + f, s.F() - f), s.F() - f);
     }
   }
+  // What dropout scales a_input with.
+  T kept(int i, int j, int head) const { return problem.keep_input ? problem.keep_input[(position(i) * n + j) * H + head] : T(1); }
 
   // Independent dynamics, equation 4: the winners' LSTM or GRU; losers keep h and c.
   void dynamics() {
     for (int j = 0; j < n; ++j) {
       const int* rows_ = row + j * most;
       const int count = won[j];
-      for (int r = 0; r < count; ++r) gather(rows_[r], state_of(rows_[r], j), a_input + (rows_[r] * n + j) * H, operand + int64_t(r) * ld_operand);
+      for (int r = 0; r < count; ++r) gather(rows_[r], j, state_of(rows_[r], j), a_input + (rows_[r] * n + j) * H, operand + int64_t(r) * ld_operand);
       multiply(count, operand, ld_operand, W.unit[j].gates, gates, ld_gates);
       for (int r = 0; r < count; ++r) {
         const int i = rows_[r];
@@ -292,9 +296,10 @@ struct Block {
       }
       find_reads(i, nullptr);
       attend();
+      if (problem.save)
+        for (int m = 0; m < n; ++m) copy(problem.saved.probabilities + (position(i) * n + m) * pairs, probabilities + m * ld_pairs, pairs);
+      drop(i, probabilities);
       gather_units(probabilities, s.e(), s.comm_value, hearing);
-      if (!problem.save) continue;
-      for (int m = 0; m < n; ++m) copy(problem.saved.probabilities + (position(i) * n + m) * pairs, probabilities + m * ld_pairs, pairs);
     }
     for (int j = 0; j < n; ++j) {
       multiply(won[j], of_unit(heard, j, ld_heard), ld_heard, W.unit[j].output, state, ld_state);
@@ -386,6 +391,15 @@ struct Block {
   }
 #undef RIM_PER_LENGTH
 
+  // Dropout: probabilities, or their gradients, times what it drew.
+  void drop(int i, T* of_pairs) const {
+    if (!problem.keep_comm) return;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t head = position(i) * s.comm_heads + head_of[pair], j = winners[i * k + pair / s.comm_heads];
+      for (int m = 0; m < n; ++m) of_pairs[m * ld_pairs + pair] *= problem.keep_comm[(head * n + j) * n + m];
+    }
+  }
+
   void attend() const {
     dots(asking, 0, s.comm_key, probabilities);
     for (int64_t first = 0; first < pairs; first += WIDTH<T>) {
@@ -475,7 +489,9 @@ struct Block {
       }
       for (int m = 0; m < n; ++m) copy(probabilities + m * ld_pairs, problem.saved.probabilities + (position(i) * n + m) * pairs, pairs);
       find_reads(i, place);
-      gather_units(probabilities, s.e(), s.comm_value, hearing);
+      if (problem.keep_comm) copy(dropped, probabilities, n * ld_pairs);
+      drop(i, dropped);
+      gather_units(dropped, s.e(), s.comm_value, hearing);
       attend_backward(i);
     }
     for (int j = 0; j < n; ++j) {
@@ -489,6 +505,7 @@ struct Block {
   }
   void attend_backward(int i) const {
     dots(dhearing, s.e(), s.comm_value, dscores);
+    drop(i, dscores);
     for (int64_t first = 0; first < pairs; first += WIDTH<T>) {
       Vec<T> mean{};
       for (int m = 0; m < n; ++m) mean += load(probabilities + m * ld_pairs + first) * load(dscores + m * ld_pairs + first);
@@ -500,7 +517,7 @@ struct Block {
     for (int m = 0; m < n; ++m) {
       T* dread = talk_panel[m].b(place[i * n + m]);
       gather_winners(dscores + m * ld_pairs, asking, s.comm_key, dread);
-      gather_winners(probabilities + m * ld_pairs, dhearing, s.comm_value, dread + s.e());
+      gather_winners(dropped + m * ld_pairs, dhearing, s.comm_value, dread + s.e());
     }
     gather_units(dscores, 0, s.comm_key, dasking);
   }
@@ -512,7 +529,7 @@ struct Block {
       const int count = won[j];
       for (int r = 0; r < count; ++r) {
         const int i = rows_[r];
-        gather(i, before[i] + j * p, problem.saved.attention + (position(i) * k + slot[j * most + r]) * H, panel.a(r));
+        gather(i, j, before[i] + j * p, problem.saved.attention + (position(i) * k + slot[j * most + r]) * H, panel.a(r));
         copy(s.projected ? project_.b(r) : state + r * ld_state, dh + (i * n + j) * p, p);
       }
       if (s.projected) multiply(count, project_.b(0), project_.ld_b, W.unit_t[j].project, state, ld_state);
@@ -582,12 +599,12 @@ struct Block {
       const T* a = problem.saved.attention + (position(i) * k + slot[j * most + r]) * H;
       for (int head = 0; head < H; ++head) {
         const T* dread = doperand + r * ld_operand + p1 + head * F;
-        const T da = dot(dread, value_of(i, head), F);
+        const T keep = kept(i, j, head), da = dot(dread, value_of(i, head), F) * keep;
         const T dscore = da * a[head] * (1 - a[head]) * T(s.input_scale);
         const T* key_ = key_of(i, head);
         T* dquery = queries.b(r) + head * S;
         for (int d = 0; d < S; d += WIDTH<T>) store(dquery + d, dscore * load(key_ + d, S - d), S - d);
-        add(s.fold_value ? dx + i * ld_x : value_panel.a(i) + head * s.value, dread, F, a[head]);
+        add(s.fold_value ? dx + i * ld_x : value_panel.a(i) + head * s.value, dread, F, a[head] * keep);
         add(s.fold_key ? dx + i * ld_x : key_panel.a(i) + head * s.key, query + r * ld_query + head * S, S, dscore);
       }
     }
