@@ -95,7 +95,7 @@ MUTANTS = [
         "return a_input if keep is None else a_input * keep.transpose(0, 1)",
         "return a_input if keep is None else a_input * keep.transpose(0, 1) * (1 - self.dropout)",
     ),
-    Mutant("input dropout in eval mode", ATTENTION, "if not (self.dropout and self.training):", "if not self.dropout:"),
+    Mutant("the attentions' dropouts in eval mode", CELL, "if self.training else (None, None)", "if True else (None, None)"),
     Mutant(
         "one draw of input dropout for all units",
         ATTENTION,
@@ -113,12 +113,6 @@ MUTANTS = [
         COMMUNICATION,
         "attention * keep.reshape(attention.shape)",
         "attention * keep.reshape(attention.shape) * (1 - self.dropout)",
-    ),
-    Mutant(
-        "communication dropout in eval mode",
-        COMMUNICATION,
-        "if not (self.dropout and self.training and self.num_heads):",
-        "if not (self.dropout and self.num_heads):",
     ),
     Mutant(
         "communication dropout on the values instead of the probabilities",

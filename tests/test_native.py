@@ -206,7 +206,17 @@ def test_opcheck(packed: bool) -> None:
         x, state = torch.randn(*shape, dtype=torch.float64, requires_grad=True), states(cell, 2)
         h, c = state if len(state) == 2 else (*state, None)
         heads = cell.num_input_heads, cell.num_comm_heads
-        arguments = (x, h, c, *native._parameters(cell), *cell.draw(x), [2, 2, 1] if packed else [], cell.k, *heads, packed)
+        arguments = (
+            x,
+            h,
+            c,
+            *native._parameters(cell, x, state),
+            *cell.draw(x),
+            [2, 2, 1] if packed else [],
+            cell.k,
+            *heads,
+            packed,
+        )
         torch.library.opcheck(torch.ops.rim_rnn.scan.default, arguments)
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
         torch.library.opcheck(torch.ops.rim_rnn.infer.default, detached)
@@ -371,11 +381,23 @@ class Reason:
         self.word, self.change, self.options = word, change, options
 
 
+class Doubled(nn.Linear):
+    """A module that someone put in the place of ours."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, dtype=linear.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 REASONS = [
     Reason("bfloat16", dtype=torch.bfloat16),
     Reason("hook", lambda cell: cell.communication.register_forward_hook(lambda *a: None)),
     Reason("hook", lambda cell: cell.input_attention.query.register_forward_pre_hook(lambda *a: None)),
-    Reason("parametrised", lambda cell: parametrize.register_parametrization(cell.dynamics, "weight_hh", nn.Identity())),
+    Reason("Parametrized", lambda cell: parametrize.register_parametrization(cell.dynamics, "weight_hh", nn.Identity())),
+    Reason("Doubled", lambda cell: setattr(cell.input_attention, "key", Doubled(cell.input_attention.key))),
+    Reason("where the cell keeps it", lambda cell: setattr(cell.dynamics, "bias_ih", None)),
     Reason("differ", lambda cell: cell.communication.float()),
 ]
 
@@ -436,7 +458,7 @@ def test_layers_say_which_path_they_take() -> None:
 def test_sizes_are_checked_once_by_name(position: int, replacement: Any, message: str) -> None:
     cell = make(dtype=torch.float32)
     h, c = states(cell, 2)
-    arguments = [torch.zeros(3, 2, 5), h, c, *native._parameters(cell), None, None, [], cell.k, 1, 4, False]
+    arguments = [torch.zeros(3, 2, 5), h, c, *native._parameters(cell, torch.zeros(1), ()), None, None, [], cell.k, 1, 4, False]
     if position == 20:
         arguments[0] = torch.zeros(5, 5)
     arguments[position] = replacement

@@ -13,8 +13,8 @@ from rim_rnn.dynamics import GRU, LSTM, State
 from rim_rnn.input_attention import InputAttention, compete
 from rim_rnn.recording import Trace
 from rim_rnn.units import (
-    autocast_dtype,
     autocast_result_dtype,
+    check_alike,
     check_int,
     check_num_units,
     check_probability,
@@ -257,7 +257,7 @@ class RIMCell(nn.Module, Generic[StateT]):
 
     def draw(self, x: Tensor) -> Keep:
         """Dropout's draws, for one step or for all at once: ``x`` is ``(..., input_size)``, ``M`` rows in all."""
-        return self.input_attention.draw(x), self.communication.draw(x)
+        return (self.input_attention.draw(x), self.communication.draw(x)) if self.training else (None, None)
 
     def project(self, x: Tensor, keep: Keep) -> Projected:
         """What does not depend on the state, for one step or for all at once: ``x`` is ``(M, input_size)``."""
@@ -339,9 +339,8 @@ class RIMCell(nn.Module, Generic[StateT]):
         record: bool = False,
     ) -> tuple[Tensor, State, list[Trace]]:
         """:meth:`scan`, by the native operator where :func:`rim_rnn.native.supports` has no reason to decline."""
-        if native.supports(self, input, state) is None:
-            return native.scan(self, input, state, batch_sizes, reverse, record)
-        return self.scan(input, state, batch_sizes, reverse, record)
+        done = native.scan(self, input, state, batch_sizes, reverse, record)
+        return self.scan(input, state, batch_sizes, reverse, record) if done is None else done
 
     def state_sizes(self) -> dict[str, int]:
         """The features of each state by its name."""
@@ -364,24 +363,6 @@ class RIMCell(nn.Module, Generic[StateT]):
             raise error(f'with rnn_cell="LSTM" hx should hold two states (h_0, c_0), got {len(hx)}')
         return tuple(hx)
 
-    def check_alike(self, name: str, tensor: Tensor) -> Tensor:
-        """``tensor`` in the parameters' dtype under autocast; elsewhere a ``RuntimeError`` if dtype or device differ."""
-        weight = self.dynamics.weight_hh
-        if tensor.device != weight.device:
-            raise RuntimeError(
-                f"Input and parameter tensors are not at the same device: {name} is at {tensor.device}, the parameters "
-                f"at {weight.device}. Move it: {name}.to('{weight.device}'), or the model: model.to('{tensor.device}')"
-            )
-        if tensor.dtype != weight.dtype:
-            known = (torch.float32, torch.bfloat16, torch.float16)  # to autocast, which leaves float64 alone
-            if not (autocast_dtype(tensor.device) and tensor.dtype in known and weight.dtype in known):
-                raise RuntimeError(
-                    f"{name} dtype ({tensor.dtype}) does not match weight dtype ({weight.dtype}). "
-                    f"Convert it: {name}.to({weight.dtype}), or the model: model.to({tensor.dtype})"
-                )
-            tensor = tensor.to(weight.dtype)
-        return tensor
-
     def forward(self, input: Tensor, hx: StateT | None = None) -> StateT:
         """One step from the input and state described above."""
         if not isinstance(input, Tensor):
@@ -390,8 +371,8 @@ class RIMCell(nn.Module, Generic[StateT]):
             raise ValueError(f"RIMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if input.size(-1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)}, expected {self.input_size}")
-        given = input.dtype
-        input = self.check_alike("input", input)
+        given, weight = input.dtype, self.dynamics.weight_hh
+        input = check_alike("input", input, weight)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         if hx is None:
@@ -404,7 +385,7 @@ class RIMCell(nn.Module, Generic[StateT]):
                     raise ValueError(f"RIMCell: Expected {name}_0 to be 1D or 2D, got {s.dim()}D instead")
                 if s.shape != (*input.shape[:-1], size):
                     raise RuntimeError(f"Expected {name}_0 size {(*input.shape[:-1], size)}, got {tuple(s.shape)}")
-            state = tuple(self.check_alike(f"{name}_0", s) for s, name in zip(state, "hc", strict=False))
+            state = tuple(check_alike(f"{name}_0", s, weight) for s, name in zip(state, "hc", strict=False))
             state = state if batched else tuple(s.unsqueeze(0) for s in state)
         _, state, _ = self.run(x.unsqueeze(0), state)
         dtype = autocast_result_dtype(given, x.device)

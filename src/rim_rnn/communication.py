@@ -57,7 +57,7 @@ class Communication(nn.Module):
 
     def draw(self, x: Tensor) -> Tensor | None:
         """Dropout on the probabilities, ``(M, heads, n, n)``: a draw per row, head, reader and unit that is read."""
-        if not (self.dropout and self.training and self.num_heads):
+        if not (self.dropout and self.num_heads):
             return None
         n = self.query.weight.size(0)
         return draw_dropout(self.dropout, x, self.num_heads, n, n)

@@ -74,7 +74,7 @@ class InputAttention(nn.Module):
 
     def draw(self, x: Tensor) -> Tensor | None:
         """Dropout on the probabilities, ``(M, n, H)``: a draw per row, unit and head. (The null row's would scale a zero.)"""
-        if not (self.dropout and self.training):
+        if not self.dropout:
             return None
         return draw_dropout(self.dropout, x, self.query.weight.size(0), self.num_heads)
 

@@ -18,6 +18,7 @@ from rim_rnn.recording import Record, assemble
 from rim_rnn.units import (
     autocast_dtype,
     autocast_result_dtype,
+    check_alike,
     check_bool,
     check_int,
     check_probability,
@@ -306,7 +307,7 @@ class RIM(nn.Module, Generic[StateT]):
     def _cells(self) -> list[RIMCell[Any]]:
         return cast("list[RIMCell[Any]]", list(self.cells))
 
-    def _check_input(self, input: object) -> None:
+    def _check_input(self, input: object, weight: Tensor) -> None:
         """What :class:`torch.nn.LSTM` demands of its input, in its words."""
         packed = isinstance(input, PackedSequence)
         x = input.data if isinstance(input, PackedSequence) else input
@@ -316,7 +317,6 @@ class RIM(nn.Module, Generic[StateT]):
             if packed:
                 raise RuntimeError(f"RIM: Expected packed data to be 2D, got {x.dim()}D instead")
             raise ValueError(f"RIM: Expected input to be 2D or 3D, got {x.dim()}D instead")
-        weight = self._cells()[0].dynamics.weight_hh
         if x.dtype != weight.dtype and not autocast_dtype(x.device):
             error = RuntimeError if packed and self.mode == "LSTM" else ValueError
             raise error(
@@ -328,9 +328,9 @@ class RIM(nn.Module, Generic[StateT]):
         if not packed and x.size(1 if self.batch_first and x.dim() == 3 else 0) == 0:
             raise RuntimeError(f"Expected sequence length to be larger than 0 in RIM, got input of size {tuple(x.shape)}")
 
-    def _check_hx(self, state: State, batch: int, batched: bool, packed: bool) -> State:
+    def _check_hx(self, cells: list[RIMCell[Any]], state: State, batch: int, batched: bool, packed: bool) -> State:
         """The given states as ``(D * num_layers, N, features)`` each, or the error that says what does not fit."""
-        cell = self._cells()[0]
+        cell = cells[0]
         dim = 3 if batched else 2
         if any(s.dim() != dim for s in state):
             kind = "packed" if packed else "batched 3-D" if batched else "unbatched 2-D"
@@ -338,10 +338,10 @@ class RIM(nn.Module, Generic[StateT]):
             error = TypeError if packed and self.mode == "LSTM" and any(s.dim() < 3 for s in state) else RuntimeError
             raise error(f"For {kind} input, hx should be {dim}-D but got ({got}) tensors")
         for s, (name, size) in zip(state, cell.state_sizes().items(), strict=True):
-            expected = (len(self.cells), batch, size) if batched else (len(self.cells), size)
+            expected = (len(cells), batch, size) if batched else (len(cells), size)
             if s.shape != expected:
                 raise RuntimeError(f"Expected {name}_0 size {expected}, got {tuple(s.shape)}")
-        state = tuple(cell.check_alike(f"{name}_0", s) for name, s in zip("hc", state, strict=False))
+        state = tuple(check_alike(f"{name}_0", s, cell.dynamics.weight_hh) for name, s in zip("hc", state, strict=False))
         return state if batched else tuple(s.unsqueeze(1) for s in state)
 
     @overload
@@ -350,7 +350,9 @@ class RIM(nn.Module, Generic[StateT]):
     def forward(self, input: PackedSequence, hx: StateT | None = None) -> tuple[PackedSequence, StateT]: ...
     def forward(self, input: Tensor | PackedSequence, hx: StateT | None = None) -> tuple[Tensor | PackedSequence, StateT]:
         """All steps of all layers and directions, on the inputs described above."""
-        self._check_input(input)
+        cells = self._cells()
+        weight = cells[0].dynamics.weight_hh
+        self._check_input(input, weight)
         batch_sizes = sorted_indices = unsorted_indices = None
         batched = True
         if isinstance(input, PackedSequence):
@@ -364,19 +366,18 @@ class RIM(nn.Module, Generic[StateT]):
             elif self.batch_first:
                 x = x.transpose(0, 1)
             batch = x.size(1)
-        cells = self._cells()
         given = x.dtype
-        x = cells[0].check_alike("input", x)
+        x = check_alike("input", x, weight)
         if hx is None:
-            state: State = tuple(x.new_zeros(len(cells), batch, size) for size in cells[0].state_sizes().values())
+            zeros = tuple(x.new_zeros(batch, size) for size in cells[0].state_sizes().values())
+            first = [zeros] * len(cells)
         else:
-            state = cells[0].check_state(hx, too_few=TypeError)
+            state: State = cells[0].check_state(hx, too_few=TypeError)
             given = state[0].dtype
-            state = self._check_hx(state, batch, batched, batch_sizes is not None)
+            state = self._check_hx(cells, state, batch, batched, batch_sizes is not None)
             if sorted_indices is not None:
                 state = tuple(s.index_select(1, sorted_indices) for s in state)
-
-        first = list(zip(*(s.unbind(0) for s in state), strict=True))
+            first = list(zip(*(s.unbind(0) for s in state), strict=True))
         last: list[State] = []
         traces = []
         for layer in range(self.num_layers):
@@ -393,7 +394,7 @@ class RIM(nn.Module, Generic[StateT]):
         for records in self._recorders:
             records.append(assemble(traces, unsorted_indices, batched))
 
-        state = tuple(torch.stack(s) for s in zip(*last, strict=True))
+        state = tuple(s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*last, strict=True))
         if self.mode == "GRU" and x.requires_grad and not self.bidirectional:
             x = x.clone()  # users of nn.GRU may change its output in place; the native operator keeps its own for backward
         if autocast_dtype(x.device):

@@ -16,31 +16,29 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+from rim_rnn.communication import Communication
+from rim_rnn.dynamics import GRU, LSTM
+from rim_rnn.input_attention import InputAttention
 from rim_rnn.recording import Trace
-from rim_rnn.units import divide
+from rim_rnn.units import UnitLinear, divide
 
 State = tuple[Tensor, ...]
 
-PARAMETERS = (
-    ("input_attention.query", "weight"),
-    ("input_attention.query", "bias"),
-    ("input_attention.key", "weight"),
-    ("input_attention.key", "bias"),
-    ("input_attention.value", "weight"),
-    ("input_attention.value", "bias"),
-    ("dynamics", "weight_ih"),
-    ("dynamics", "weight_hh"),
-    ("dynamics", "bias_ih"),
-    ("dynamics", "bias_hh"),
-    ("dynamics", "weight_hr"),
-    ("communication.query", "weight"),
-    ("communication.key", "weight"),
-    ("communication.value", "weight"),
-    ("communication.output", "weight"),
+PARTS: tuple[tuple[str, str | None, tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
+    ("input_attention", None, (InputAttention,), ()),
+    ("input_attention", "query", (UnitLinear,), ("weight", "bias")),
+    ("input_attention", "key", (nn.Linear,), ("weight", "bias")),
+    ("input_attention", "value", (nn.Linear,), ("weight", "bias")),
+    ("dynamics", None, (LSTM, GRU), ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
+    ("communication", None, (Communication,), ()),
+    ("communication", "query", (UnitLinear,), ("weight",)),
+    ("communication", "key", (UnitLinear,), ("weight",)),
+    ("communication", "value", (UnitLinear,), ("weight",)),
+    ("communication", "output", (UnitLinear,), ("weight",)),
 )
-"""In the order of the operator's schema; a cell has not every one of them."""
+"""A cell's modules, what they have to be, and their parameters in the order of the operator's schema."""
 
-MODULES = tuple(dict.fromkeys(path for path, _ in PARAMETERS))
+PARAMETERS = tuple(".".join(filter(None, (stage, part, name))) for stage, part, _, names in PARTS for name in names)
 
 
 def _load() -> str | None:
@@ -79,27 +77,8 @@ def readable() -> Iterator[None]:
         _switched_off = before
 
 
-def _module(cell: Any, path: str) -> nn.Module | None:
-    module: Any = cell
-    for name in path.split("."):
-        module = module._modules.get(name)
-        if module is None:
-            return None
-    return module  # type: ignore[no-any-return]
-
-
-def _parameters(cell: Any) -> list[Tensor | None]:
-    """The parameters in the order of the schema, ``None`` where the cell has none."""
-    modules = {path: _module(cell, path) for path in MODULES}
-    found: list[Tensor | None] = []
-    for path, name in PARAMETERS:
-        module = modules[path]
-        found.append(None if module is None else module._parameters.get(name))
-    return found
-
-
 def supports(cell: Any, input: Tensor, state: State) -> str | None:
-    """Why a call can not run natively, or ``None`` where it can: the one list of reasons.
+    """Why a call can not run natively, or ``None`` where it can.
 
     Args:
         cell: The :class:`RIMCell`.
@@ -108,14 +87,21 @@ def supports(cell: Any, input: Tensor, state: State) -> str | None:
     Returns:
         The reason for taking the readable path, or ``None``.
     """
+    found = _parameters(cell, input, state)
+    return found if isinstance(found, str) else None
+
+
+def _parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] | str:
+    """The parameters in the order of the schema, ``None`` where the cell has none; or a reason to decline: the one list."""
     if _unavailable is not None:
         return _unavailable
     if _switched_off:
         return "switched off"
-    if input.device.type != "cpu":
+    if not input.is_cpu:
         return f"the input is on {input.device}, not on the CPU"
-    if input.dtype not in (torch.float32, torch.float64):
-        return f"the input is {input.dtype}, not float32 or float64"
+    dtype = input.dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return f"the input is {dtype}, not float32 or float64"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     if input.numel() == 0:
@@ -129,34 +115,33 @@ def supports(cell: Any, input: Tensor, state: State) -> str | None:
             return "torch.jit is tracing"
     elif torch.compiler.is_exporting():
         return "torch.export: the graph stays portable"
-    stages = cell._modules
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
         return "a global module hook is registered"
-    tensors: list[Any] = [input, *state]
-    for stage_name, stage in stages.items():
-        for module in (stage, *stage._modules.values()):
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-                return f"a hook is registered in {stage_name}"
-            if "parametrizations" in module._modules:
-                return f"{stage_name} is parametrised"
-            tensors.extend(module._parameters.values())
-    count = 0
-    for tensor in tensors:
-        if tensor is None:
+    parameters: list[Tensor | None] = []
+    stages = cell._modules
+    for stage, part, kinds, names in PARTS:
+        module = stages[stage] if part is None else stages[stage]._modules.get(part)
+        if module is None:
+            parameters.extend([None] * len(names))
             continue
-        count += 1
-        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+        if type(module) not in kinds:
+            return f"{stage} holds a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"a hook is registered in {stage}"
+        parameters.extend(map(module._parameters.get, names))
+    absent = 0
+    for tensor in (input, *state, *parameters):
+        if tensor is None:
+            absent += 1
+            continue
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
             return f"a {type(tensor).__name__} is not a plain tensor"
-        if tensor.dtype != input.dtype or tensor.device != input.device:
+        if tensor.dtype is not dtype or not tensor.is_cpu:
             return "the tensors differ in dtype or device"
-    if count != 1 + len(state) + _num_parameters(cell):
+    # One that the cell should have is absent where something was put in its place, as pruning does.
+    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if stages["communication"].num_heads else 4):
         return "a parameter is not where the cell keeps it"
-    return None
-
-
-def _num_parameters(cell: Any) -> int:
-    """How many parameters such a cell has: fewer where something was put in the place of one, as pruning does."""
-    return 5 + (5 if cell.bias else 0) + (1 if cell.proj_size else 0) + (4 if cell._modules["communication"].num_heads else 0)
+    return parameters
 
 
 def scan(
@@ -167,8 +152,8 @@ def scan(
     reverse: bool = False,
     record: bool = False,
     keep: tuple[Tensor | None, Tensor | None] | None = None,
-) -> tuple[Tensor, State, list[Trace]]:
-    """:meth:`RIMCell.scan` in the native operator, for calls that :func:`supports` has no reason to decline.
+) -> tuple[Tensor, State, list[Trace]] | None:
+    """:meth:`RIMCell.scan` in the native operator.
 
     Args:
         cell: The :class:`RIMCell`.
@@ -180,12 +165,15 @@ def scan(
         keep: What :meth:`RIMCell.draw` returned for the input's rows in packed order; drawn here if not given.
 
     Returns:
-        The outputs in the layout of ``input``, the last states, and one trace per step if ``record``.
+        The outputs in the layout of ``input``, the last states, and one trace per step if ``record``; or ``None`` where
+        :func:`supports` has a reason to decline.
 
     Raises:
         RuntimeError: A size does not fit; the message names it.
     """
-    parameters = _parameters(cell)
+    parameters = _parameters(cell, input, state)
+    if isinstance(parameters, str):
+        return None
     c = state[1] if len(state) == 2 else None
     stages = cell._modules
     sizes = (list(batch_sizes or ()), cell.k, stages["input_attention"].num_heads, stages["communication"].num_heads, reverse)
@@ -337,7 +325,7 @@ def _differentiate_readable(
             value_size_comm=1 if comm_value is None else comm_value.size(2) // comm_heads,
             num_comm_heads=comm_heads,
         )
-    parameters = {f"cell.{path}.{name}": t for (path, name), t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None}
+    parameters = {f"cell.{name}": t for name, t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None}
     state = (h,) if c is None else (h, c)
     results = torch.func.functional_call(
         _Readable(cell), parameters, (input, state, batch_sizes or None, reverse, (keep_input, keep_comm))

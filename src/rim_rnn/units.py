@@ -112,6 +112,24 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def check_alike(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
+    """``tensor`` in the parameters' dtype under autocast; elsewhere a ``RuntimeError`` if dtype or device differ."""
+    if tensor.device != weight.device:
+        raise RuntimeError(
+            f"Input and parameter tensors are not at the same device: {name} is at {tensor.device}, the parameters "
+            f"at {weight.device}. Move it: {name}.to('{weight.device}'), or the model: model.to('{tensor.device}')"
+        )
+    if tensor.dtype != weight.dtype:
+        known = (torch.float32, torch.bfloat16, torch.float16)  # to autocast, which leaves float64 alone
+        if not (autocast_dtype(tensor.device) and tensor.dtype in known and weight.dtype in known):
+            raise RuntimeError(
+                f"{name} dtype ({tensor.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert it: {name}.to({weight.dtype}), or the model: model.to({tensor.dtype})"
+            )
+        tensor = tensor.to(weight.dtype)
+    return tensor
+
+
 def autocast_result_dtype(given: torch.dtype, device: torch.device, lowered: bool = False) -> torch.dtype:
     """The dtype of a result, as torch's own recurrent modules have it: that of the ``given`` state unless under autocast.
 

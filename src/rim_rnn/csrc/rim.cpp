@@ -251,7 +251,7 @@ Results scan_as(const Arguments& a, bool save) {
   const Tensor storage = empty({run.setup(problem, nullptr, false)}, ScalarType::Byte);
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, false);
-  parallel(s.n + 1, s.blocks == 1, [&](int64_t task) { run.prepare(at, int(task)); });
+  if (!s.in_place) parallel(s.n + 1, s.blocks == 1, [&](int64_t task) { run.prepare(at, int(task)); });
   parallel(s.blocks, s.blocks == 1, [&](int64_t block) { run.forward(at, int(block)); });
   return {output, last_h, last_c, winners, saved};
 }
