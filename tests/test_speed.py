@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import subprocess
 import sys
+import timeit
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -17,13 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rim_rnn import RIM, native
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "speed"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "speed"
 
 sys.path.insert(0, str(EXAMPLE))
 
+import ablations  # noqa: E402
 import cases  # noqa: E402
 import measure  # noqa: E402
 import show  # noqa: E402
+from ablations import ABLATIONS, Ablation  # noqa: E402
 from cases import Case, flops  # noqa: E402
 
 ACT = ["cases", "--cases", "act"]
@@ -147,25 +152,23 @@ def test_a_training_step_leaves_the_gradients_of_one_pass(name: str) -> None:
 
 def test_everybody_takes_a_turn_in_every_round_and_nobody_is_always_first() -> None:
     order: list[str] = []
-    seconds = measure.take_turns({name: (lambda name=name: order.append(name)) for name in "abc"}, rounds=4, least=0.0)
+    timers = {name: timeit.Timer(lambda name=name: order.append(name)) for name in "abc"}
+    seconds = measure.take_turns(timers, rounds=4, least=0.0)
     assert {name: len(turns) for name, turns in seconds.items()} == dict.fromkeys("abc", 4)
     assert "".join(order[-12:]) == "abccbaabccba"
 
 
-def test_a_short_call_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_call_is_repeated() -> None:
     asked = []
 
     class Timer:
         """A clock of our own: a call takes 1/1024 of a second."""
 
-        def __init__(self, call: Any) -> None: ...
-
         def timeit(self, number: int) -> float:
             asked.append(number)
             return number / 1024
 
-    monkeypatch.setattr(measure.timeit, "Timer", Timer)
-    assert measure.take_turns({"a": lambda: None}, rounds=2, least=0.05) == {"a": [0.00097656, 0.00097656]}
+    assert measure.take_turns({"a": Timer()}, rounds=2, least=0.05) == {"a": [0.00097656, 0.00097656]}
     assert asked[-1] == asked[-2]
     assert 0.05 <= asked[-1] / 1024 < 0.06
 
@@ -303,6 +306,133 @@ def test_the_rival_gets_equal_sizes(run: Any, tmp_path: Path, capsys: pytest.Cap
     assert "first public implementation" in capsys.readouterr().out
 
 
+# The ablations.
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda ablation: ablation.what)
+def test_an_ablation_s_text_stands_exactly_once(ablation: Ablation, tmp_path: Path) -> None:
+    for name, old, new in ablation.edits:
+        assert (ablations.PACKAGE / name).read_text().count(old) == 1, old
+        assert old != new
+    package = ablations.copy(ablation, tmp_path / "copy") / "src" / "rim_rnn"
+    changed = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.*")
+        if file.read_bytes() != (ablations.PACKAGE / file.relative_to(package)).read_bytes()
+    }
+    assert changed == {name for name, *_ in ablation.edits}
+    for name in changed:
+        if name.endswith(".py"):
+            ast.parse((package / name).read_text())
+
+
+def test_ablations_have_names_of_their_own_and_known_cases() -> None:
+    assert len({ablation.what for ablation in ABLATIONS}) == len(ABLATIONS)
+    assert {name for ablation in ABLATIONS for name in ablation.cases} <= set(cases.CASES)
+    assert {ablation.group for ablation in ABLATIONS} == set(show.GROUPS)
+
+
+@pytest.fixture
+def ablate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run given ablations of the readable path, which need no build, in tiny sizes; the JSON that it leaves."""
+
+    def ablate(*chosen: Ablation, resume: bool = False) -> dict[str, Any]:
+        monkeypatch.setattr(ablations, "ABLATIONS", list(chosen))
+        ablations.main(["--smoke", "--threads", "1", "--out", str(tmp_path), *["--resume"] * resume])
+        return json.loads((tmp_path / "ablations.json").read_text())
+
+    return ablate
+
+
+ONE_PRODUCT = next(ablation for ablation in ABLATIONS if ablation.what == "one product for queries, keys and values")
+
+
+def test_both_sides_of_an_ablation_take_turns(ablate: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    document = ablate(ONE_PRODUCT)
+    (entry,) = document["ablations"].values()
+    assert list(entry["cases"]) == ["paper", "small"]
+    for case in entry["cases"].values():
+        for way in ("forward", "train"):
+            assert {side: len(rounds) for side, rounds in case["seconds"][way].items()} == {"with": 1, "without": 1}
+    (run,) = document["runs"].values()
+    assert run["command"] == "python examples/speed/ablations.py --rounds 1"
+    assert (document["setup"]["smoke"], document["setup"]["seed"]) == (True, 0)
+    assert f"{ONE_PRODUCT.what}: paper " in capsys.readouterr().out
+
+
+def test_resume_ablates_what_is_missing(ablate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablations, "compare", lambda ablation, *_: {"group": ablation.group, "cases": {}})
+    monkeypatch.setattr(measure, "commit", lambda: "one")
+    first, second = (ONE_PRODUCT._replace(what=what) for what in ("first", "second"))
+    before = ablate(first)["ablations"]
+    after = ablate(second, first, resume=True)["ablations"]
+    assert list(after) == ["second", "first"]
+    assert after["first"] == before["first"]
+    monkeypatch.setattr(measure, "commit", lambda: "another")
+    assert ablate(second, first, resume=True)["ablations"]["first"]["run"] != before["first"]["run"]
+
+
+def test_an_ablation_has_to_compute_the_same(ablate: Any) -> None:
+    cheat = ONE_PRODUCT._replace(edits=(("communication.py", "/ math.sqrt(d)", "/ d"),))
+    with pytest.raises(RuntimeError, match=r"one product .*: paper does not compute the same without it"):
+        ablate(cheat)
+
+
+def test_an_ablation_s_package_is_the_copy(ablate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path(ablations.compare.__code__.co_filename).parents[2] / "src"
+    answer = ablations.ask
+
+    def elsewhere(worker: Any, what: str, argument: Any) -> Any:
+        answered = answer(worker, what, argument)
+        return {**answered, "package": str(other / "rim_rnn")} if what == "case" else answered
+
+    monkeypatch.setattr(ablations, "ask", elsewhere)
+    with pytest.raises(RuntimeError, match="not the copy"):
+        ablate(ONE_PRODUCT)
+
+
+def test_what_a_machine_does_not_have_is_not_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ablations.arguments(["--threads", "1"])
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    left_out = {ablation.what for ablation in ABLATIONS if not ablations.makes_sense(ablation, args)}
+    assert left_out == {ablation.what for ablation in ABLATIONS if ablation.needs == ("AVX512",) or "thread" in ablation.what}
+    assert len(left_out) == 3
+
+
+def test_words_choose_ablations(capsys: pytest.CaptureFixture[str]) -> None:
+    ablations.main(["--list", "weight", "gradients", "256"])
+    words = "native paper, small, mid weight gradients collected into products of 256 rows"
+    assert " ".join(capsys.readouterr().out.split()) == words
+    with pytest.raises(SystemExit):
+        ablations.main(["nonsense"])
+    assert "no ablation has the words nonsense" in capsys.readouterr().err
+
+
+def test_the_ablations_table(document: dict[str, Any]) -> None:
+    run = next(iter(document["runs"]))
+    slower, same = {"with": [1.0] * 4, "without": [1.5, 2.0, 2.0, 3.0]}, {"with": [1.0] * 4, "without": [0.9, 1.0, 1.0, 1.1]}
+    case = {"sizes": "", "seconds": {"forward": slower, "train": same}}
+    del document["cases"], document["memory"]
+    document["ablations"] = {
+        "an edit": {"run": run, "group": "native", "cases": {"paper": case}},
+        "another": {"run": run, "group": "lost", "cases": {"small": case, "paper": case}},
+    }
+    table = show.tables(document, "")
+    assert list(table) == ["ablations"]
+    lines = table["ablations"].splitlines()
+    assert lines[:3] == [
+        "| without, in the native operator | paper | small |",
+        "| --- | ---: | ---: |",
+        "| an edit | **2.00**, 1.00 |  |",
+    ]
+    assert lines[6] == "| another | **2.00**, 1.00 | **2.00**, 1.00 |"
+    assert "medians of 4 rounds" in table["ablations"]
+    assert "commit abc" in table["ablations"]
+    assert lines[-1] == "    python examples/speed/measure.py"
+    row = next(line for line in show.text(document).splitlines() if line.startswith("an edit"))
+    assert row.split() == ["an", "edit", "paper", "forward", "1,000", "2,000", "2.00", "1.88", "to", "2.25"]
+
+
 # The table.
 
 
@@ -348,14 +478,15 @@ def document() -> dict[str, Any]:
 
 
 def test_the_table_shows_the_median_of_the_rounds_ratios(document: dict[str, Any]) -> None:
-    lines = show.markdown(document).splitlines()
+    lines = show.tables(document, "../results/native")["speed"].splitlines()
     assert lines[2] == "| paper | T=7, N=8, 1 → 9 | 100 ms | **2.00** (1.50 to 3.00) | 300 ms | **1.00** (1.00 to 1.00) |"
     text = "\n".join(lines)
     assert "median of 5 rounds" in text
     assert "A processor, 2 of 4 cores (AVX2), Linux x86_64, float32, torch 2.13.0, Python 3.12.0." in text
     assert "rim-rnn 1.2.3 (native path), commit abc, 2026-01-02." in text
     assert "A training step of T=100 needs 3.00 MiB at its peak, with `nn.LSTM` 4.00 MiB." in text
-    assert lines[-1] == "    python examples/speed/measure.py"
+    assert lines[-3] == "    python examples/speed/measure.py"
+    assert lines[-1].endswith("(../results/native-ratios.png)")
 
 
 def test_the_text_shows_the_floor(document: dict[str, Any]) -> None:
@@ -364,23 +495,60 @@ def test_the_text_shows_the_floor(document: dict[str, Any]) -> None:
     assert row.split()[2:] == ["100", "300", "2.00", "1.50", "to", "3.00", "40.0", "2.5", "20.0"]
 
 
+def test_the_floor_counts_the_winners_arithmetic(document: dict[str, Any]) -> None:
+    """2 GFLOP at 100 GFLOP/s; a quarter of what the LSTM needs."""
+    row = show.tables(document, "")["floor"].splitlines()[2]
+    assert row == "| paper | 0.25 | 100 ms | 20.0 ms | 5.0 | 300 ms | 20.0 ms | 15.0 |"
+
+
+def test_the_scaling_table_has_what_was_measured(document: dict[str, Any]) -> None:
+    memory = show.tables(document, "native")["scaling"]
+    assert memory.splitlines()[2] == "| T=100 | 3.00 MiB | 4.00 MiB | 0.75 |"
+    assert memory.endswith("(native-scaling.png)")
+    case = {"num_units": 8, "k": 4}
+    document["scaling"] = {"batch=8": {**document["cases"]["paper"], "case": case}}
+    both = show.tables(document, "native")["scaling"]
+    assert "| T=7, N=8, 1 → 9, 8 units, k=4 | 100 ms | 2.00 | 300 ms | 1.00 |" in both.splitlines()
+    del document["scaling"], document["memory"]
+    assert show.tables(document, "native")["scaling"] == "Not measured yet."
+
+
 def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path) -> None:
-    figures, page = tmp_path / "native.json", tmp_path / "README.md"
+    figures, page = tmp_path / "results" / "native.json", tmp_path / "README.md"
+    figures.parent.mkdir()
     figures.write_text(show.dump(document))
-    page.write_text(f"# Title\n\n{show.BEGIN}\nold\n{show.END}\n\nThe rest.\n")
-    with pytest.raises(SystemExit, match=r"README\.md: not the table of .*native\.json"):
+    (begin, end), (floor, floor_end) = show.marks("speed"), show.marks("floor")
+    page.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nThe rest.\n{floor}\n{floor_end}\n")
+    with pytest.raises(SystemExit, match=r"README\.md: not the tables of .*native\.json"):
         show.main([str(figures), "--check", str(page)])
     show.main([str(figures), "--write", str(page)])
     show.main([str(figures), "--check", str(page)])
     written = page.read_text()
-    assert written == f"# Title\n\n{show.BEGIN}\n{show.markdown(document)}\n{show.END}\n\nThe rest.\n"
+    table = show.tables(document, "results/native")
+    expected = f"# Title\n\n{begin}\n{table['speed']}\n{end}\n\nThe rest.\n{floor}\n{table['floor']}\n{floor_end}\n"
+    assert written == expected
     page.write_text(written.replace("2.00", "2.01"))
     with pytest.raises(SystemExit):
         show.main([str(figures), "--check", str(page)])
-    page.write_text("# Title\n")
-    with pytest.raises(ValueError, match="expected one line <!-- speed"):
-        show.main([str(figures), "--write", str(page)])
-    assert page.read_text() == "# Title\n"
+    for without in ("# Title\n", f"{end}\n{begin}\n", f"{begin}\n{begin}\n{end}\n"):
+        page.write_text(without)
+        with pytest.raises(ValueError, match="expected one line <!-- speed"):
+            show.main([str(figures), "--write", str(page)])
+        assert page.read_text() == without
+
+
+@pytest.mark.parametrize(
+    ("log", "page"),
+    [("native", "README.md"), ("native", "docs/performance.md"), ("ablations", "docs/performance.md")],
+)
+def test_a_page_has_the_figures_of_the_committed_log(log: str, page: str) -> None:
+    figures = EXAMPLE / "results" / f"{log}.json"
+    if figures.exists():
+        show.main([str(figures), "--check", str(ROOT / page)])
+        assert not json.loads(figures.read_text())["setup"]["smoke"]
+    else:
+        begin, end = show.marks(log)
+        assert f"\n{begin}\n{show.NOT_YET}\n{end}\n" in (ROOT / page).read_text()
 
 
 def test_the_json_survives_its_own_layout(document: dict[str, Any]) -> None:

@@ -27,10 +27,10 @@ import runpy
 import subprocess
 import sys
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import show
 import torch
@@ -70,12 +70,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, least: float) -> dict[str, list[float]]:
+class Timer(Protocol):
+    """What takes a turn: `timeit.Timer`, or whatever else says how many seconds so many calls take."""
+
+    def timeit(self, number: int) -> float: ...
+
+
+def take_turns(timers: Mapping[str, Timer], rounds: int, least: float) -> dict[str, list[float]]:
     """Seconds per call, one figure per round. A figure is the mean of as many calls as take `least` seconds.
 
     Every round times each contestant once; every other round goes through them backwards, so that nobody always comes first.
     """
-    timers = {name: timeit.Timer(call) for name, call in contestants.items()}
     repeats = {}
     for name, timer in timers.items():
         timer.timeit(1)  # warm-up
@@ -83,9 +88,9 @@ def take_turns(contestants: dict[str, Callable[[], object]], rounds: int, least:
         while (seconds := timer.timeit(number)) < least:
             number = max(number + 1, math.ceil(1.1 * number * least / seconds))
         repeats[name] = number
-    seconds_of: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds_of: dict[str, list[float]] = {name: [] for name in timers}
     for turn in range(rounds):
-        for name in list(contestants)[:: -1 if turn % 2 else 1]:
+        for name in list(timers)[:: -1 if turn % 2 else 1]:
             seconds_of[name].append(float(f"{timers[name].timeit(repeats[name]) / repeats[name]:.5g}"))
     return seconds_of
 
@@ -104,7 +109,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     size = 32 if args.smoke else 1024
     products = large_products(size)
     contestants.update(products)
-    seconds = take_turns(contestants, args.rounds, args.least)
+    seconds = take_turns({name: timeit.Timer(call) for name, call in contestants.items()}, args.rounds, args.least)
     return {
         "case": dataclasses.asdict(case),
         "sizes": str(case),
@@ -176,7 +181,7 @@ def compare_rival(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         module = theirs if name == "rival" else layer
         for way, call in calls(layer, list(module.parameters()), data).items():
             contestants[f"{name} {way}"] = call
-    seconds = take_turns(contestants, args.rounds, args.least)
+    seconds = take_turns({name: timeit.Timer(call) for name, call in contestants.items()}, args.rounds, args.least)
     return {
         "case": dataclasses.asdict(case),
         "sizes": str(case),
@@ -245,12 +250,17 @@ def setup(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def this_run(args: argparse.Namespace) -> dict[str, Any]:
+def command(args: argparse.Namespace) -> str:
+    """The command as a reader would give it again."""
+    words = ["python examples/speed/measure.py", *args.sections, f"--rounds {args.rounds} --path {args.path}"]
+    words += [f"--cases {' '.join(args.cases)}"] * (args.cases != list(CASES)) + ["--rival PATH"] * bool(args.rival)
+    return " ".join(words)
+
+
+def this_run(command: str) -> dict[str, Any]:
     """What the figures of one command share."""
-    command = ["python examples/speed/measure.py", *args.sections, f"--rounds {args.rounds} --path {args.path}"]
-    command += [f"--cases {' '.join(args.cases)}"] * (args.cases != list(CASES)) + ["--rival PATH"] * bool(args.rival)
     return {
-        "command": " ".join(command),
+        "command": command,
         "commit": commit(),
         "version": rim_rnn.__version__,
         "load": [round(load, 2) for load in os.getloadavg()],
@@ -259,11 +269,23 @@ def this_run(args: argparse.Namespace) -> dict[str, Any]:
 
 def write(path: Path, document: dict[str, Any]) -> None:
     """Replace the file in one go: whoever reads it, or is cut off, finds the old figures or the new ones."""
-    used = {entry["run"] for section in SECTIONS for entry in document.get(section, {}).values()}
+    sections = [entries for name, entries in document.items() if name not in ("setup", "runs")]
+    used = {entry["run"] for entries in sections for entry in entries.values()}
     document = {**document, "runs": {run: about for run, about in document["runs"].items() if run in used}}
     partial = path.with_suffix(".partial")
     partial.write_text(show.dump(document))
     partial.replace(path)
+
+
+def begin(path: Path, setup: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, or an empty document where there is none yet. Exits if it is of another machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return {"setup": setup, "runs": {}}
+    document: dict[str, Any] = json.loads(path.read_text())
+    if differing := [name for name, value in setup.items() if document["setup"].get(name) != value]:
+        sys.exit(f"{path} holds figures of another machine or setup ({', '.join(differing)}): give another folder with --out")
+    return document
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -274,21 +296,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     path = args.out / f"{args.path}.json"
-    document: dict[str, Any] = {"setup": setup(args), "runs": {}}
-    if path.exists():
-        document = json.loads(path.read_text())
-        if differing := [name for name, value in setup(args).items() if document["setup"].get(name) != value]:
-            sys.exit(
-                f"{path} holds figures of another machine or setup ({', '.join(differing)}): give another folder with --out"
-            )
-    args.out.mkdir(parents=True, exist_ok=True)
+    document = begin(path, setup(args))
     with native.readable() if args.path == "readable" else contextlib.nullcontext():
         run(args, path, document)
 
 
 def run(args: argparse.Namespace, path: Path, document: dict[str, Any]) -> None:
     """Measure what is planned, write after every measurement, and show everything that the document then holds."""
-    now, about = datetime.now(timezone.utc).isoformat(timespec="milliseconds"), this_run(args)
+    now, about = datetime.now(timezone.utc).isoformat(timespec="milliseconds"), this_run(command(args))
     if about["load"][0] > 0.5:
         print(f"other processes are running (load {about['load'][0]}): layers whose threads wait for each other look slow")
     document["runs"][now] = about

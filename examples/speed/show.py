@@ -1,12 +1,13 @@
-"""What measure.py has measured: as text, as the Markdown table of README and documentation, as two pictures.
+"""What measure.py and ablations.py have measured: as text, as Markdown tables of README and documentation, as pictures.
 
 python examples/speed/show.py results/native.json                     # print the text, draw the pictures
-python examples/speed/show.py results/native.json --write README.md   # put the table between README's two marks
-python examples/speed/show.py results/native.json --check README.md   # fail unless the table there is this one
+python examples/speed/show.py results/native.json --write README.md   # put the tables between README's marks
+python examples/speed/show.py results/native.json --check README.md   # fail unless what stands there is this
 """
 
 import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,12 @@ plt.switch_backend("Agg")  # needs no display
 Entry = dict[str, Any]
 WAYS = {"forward": "forward", "train": "forward + backward"}
 SCALED = {"steps": "steps T", "batch": "batch N", "hidden_size": "hidden size", "num_units": "units", "k": "active units k"}
-BEGIN, END = "<!-- speed: written by examples/speed/show.py -->", "<!-- speed: end -->"
+GROUPS = {
+    "native": "without, in the native operator",
+    "readable": "without, on the readable path",
+    "lost": "another way, instead of what is there",
+}
+NOT_YET = "Not measured yet."
 
 INK, FAINT, GRID = "#22252a", "#8b9098", "#e3e5e8"
 COLOUR = {"forward": "#7fb2d9", "train": "#1f5f99", "RIM": "#1f5f99", "torch": "#d9822b"}
@@ -80,6 +86,15 @@ def layer_name(entry: Entry) -> str:
     return f"nn.{entry['case']['rnn_cell']}"
 
 
+def effect(entry: Entry) -> str:
+    """One ablation in a line, as it is printed while measuring: what takes how many times as long."""
+    parts = [
+        f"{name} {' and '.join(times(ratios(case, way, 'without', 'with')[1]) for way in WAYS)}"
+        for name, case in entry["cases"].items()
+    ]
+    return ", ".join(parts)
+
+
 def line(entry: Entry) -> str:
     """One entry in a line, as it is printed while measuring."""
     if "bytes" in entry:
@@ -135,6 +150,15 @@ def text(document: Entry) -> str:
             both = [ratios(entry, way, "rival", name)[1] for name in ("RIM", "RIM, equal sizes")]
             rows.append([way, figure(milliseconds(entry, way, "rival")), *(f"{ratio:.1f}" for ratio in both)])
         parts.append(columns(rows))
+    if ablations := document.get("ablations"):
+        rows = [["without", "case", "way", "ms with", "ms without", "without/with", "quartiles"]]
+        for what, entry in ablations.items():
+            for name, case in entry["cases"].items():
+                for way in WAYS:
+                    low, middle, high = ratios(case, way, "without", "with")
+                    both = [figure(milliseconds(case, way, side)) for side in ("with", "without")]
+                    rows.append([what, name, way, *both, times(middle), f"{times(low)} to {times(high)}"])
+        parts.append(columns(rows))
     return "\n\n".join(parts)
 
 
@@ -151,9 +175,20 @@ def origin(document: Entry) -> str:
     )
 
 
-def markdown(document: Entry) -> str:
-    """The table of README and documentation, with its origin below."""
-    rows = [["case", "sizes", "forward", "", "forward + backward", ""], ["---", "---", *["---:"] * 4]]
+def grid(rows: list[list[str]], right: int) -> str:
+    """A Markdown table; the first row is its head, and columns from `right` on are flush right."""
+    line = ["---:" if column >= right else "---" for column in range(len(rows[0]))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], line, *rows[1:]])
+
+
+def commands(document: Entry) -> str:
+    """The commands that made the figures, as a block of code."""
+    return "\n".join(f"    {command}" for command in sorted({run["command"] for run in document["runs"].values()}))
+
+
+def cases_table(document: Entry, stem: str) -> str:
+    """Each case beside torch's layer, with its origin and its picture below: README and documentation."""
+    rows = [["case", "sizes", "forward", "", "forward + backward", ""]]
     cases = document["cases"]
     for name, entry in cases.items():
         row = [name, entry["sizes"]]
@@ -180,17 +215,108 @@ def markdown(document: Entry) -> str:
             "The first public implementation (dido1998/Recurrent-Independent-Mechanisms) takes "
             f"{low:.1f} times as long as `RIM` forward and {high:.1f} times forward + backward, at {entry['sizes']}."
         )
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    commands = sorted({run["command"] for run in document["runs"].values()})
-    return "\n\n".join([table, *below, "\n".join(f"    {command}" for command in commands)])
+    picture = f"![For each case, the time of nn.LSTM over the time of RIM]({stem}-ratios.png)"
+    return "\n\n".join([grid(rows, 2), *below, commands(document), picture])
 
 
-def put(page: str, table: str) -> str:
-    """`page` with `table` between its two marks."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"expected one line {BEGIN} and after it one line {END}")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+def floor_table(document: Entry, stem: str) -> str:
+    """How much arithmetic each case needs, and how long that would take at the rate of a large product."""
+    needed = "RIM, winners only"
+    head = ["case", "arithmetic of `RIM` / `nn.LSTM`", "forward", "floor", "/ floor", "forward + backward", "floor", "/ floor"]
+    rows = [head]
+    for name, entry in document["cases"].items():
+        row = [name, times(entry["flops"]["forward"][needed] / entry["flops"]["forward"]["torch"])]
+        for way in WAYS:
+            ours, least = milliseconds(entry, way, "RIM"), floor(entry, way, needed)
+            row += [f"{figure(ours)} ms", f"{figure(least)} ms", f"{ours / least:.1f}"]
+        rows.append(row)
+    return grid(rows, 1)
+
+
+def scaling_table(document: Entry, stem: str) -> str:
+    """Peak memory, and time as each size doubles."""
+    parts = []
+    if memory := document.get("memory"):
+        rows = [["peak memory of a training step", "`RIM`", "`nn.LSTM`", "`RIM` / `nn.LSTM`"]]
+        for entry in memory.values():
+            ours, torchs = (entry["bytes"][name] / 2**20 for name in ("RIM", "torch"))
+            rows.append([entry["sizes"], f"{figure(ours)} MiB", f"{figure(torchs)} MiB", times(ours / torchs)])
+        parts.append(grid(rows, 1))
+    if scaling := document.get("scaling"):
+        rows = [["size", "forward", "`nn.LSTM` / `RIM`", "forward + backward", "`nn.LSTM` / `RIM`"]]
+        for entry in scaling.values():
+            sizes = f"{entry['sizes']}, {entry['case']['num_units']} units, k={entry['case']['k']}"
+            ways = [(f"{figure(milliseconds(entry, way, 'RIM'))} ms", times(ratios(entry, way)[1])) for way in WAYS]
+            rows.append([sizes, *(cell for way in ways for cell in way)])
+        parts.append(grid(rows, 1))
+    if parts:
+        parts.append(f"![Time and peak memory as each size doubles, RIM and nn.LSTM]({stem}-scaling.png)")
+    return "\n\n".join(parts) or NOT_YET
+
+
+def ablations_table(document: Entry, stem: str) -> str:
+    """What takes how many times as long without each optimisation: a table for each group, a column for each case."""
+    entries, parts = document["ablations"], []
+    names = list(dict.fromkeys(name for entry in entries.values() for name in entry["cases"]))
+    rounds: set[int] = set()
+    for group, title in GROUPS.items():
+        rows = [[title, *names]]
+        for what, entry in entries.items():
+            if entry["group"] != group:
+                continue
+            row = [what]
+            for name in names:
+                cells = []
+                for way in WAYS if name in entry["cases"] else ():
+                    case = entry["cases"][name]
+                    low, middle, high = ratios(case, way, "without", "with")
+                    cells.append(f"**{times(middle)}**" if low > 1 or high < 1 else times(middle))
+                    rounds.add(len(case["seconds"][way]["with"]))
+                row.append(", ".join(cells))
+            rows.append(row)
+        if len(rows) > 1:
+            parts.append(grid(rows, 1))
+    below = (
+        "Time without the optimisation (in the last table: of the other way) over time with it, forward, then forward + "
+        f"backward: medians of {' to '.join(map(str, sorted({min(rounds), max(rounds)})))} rounds in turns, bold where both "
+        f"quartiles are on one side of 1. {origin(document)}"
+    )
+    return "\n\n".join([*parts, below, commands(document)])
+
+
+def tables(document: Entry, stem: str) -> dict[str, str]:
+    """Every table of a document under the name of its marks. `stem`: the JSON without its ending, as a page refers to it."""
+    makers = {"speed": cases_table, "floor": floor_table, "scaling": scaling_table}
+    if "ablations" in document:
+        makers = {"ablations": ablations_table}
+    return {name: maker(document, stem) for name, maker in makers.items()}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The lines before and after a table."""
+    return f"<!-- {name}: written by examples/speed/show.py -->", f"<!-- {name}: end -->"
+
+
+def put(page: str, tables: dict[str, str]) -> str:
+    """`page` with each table that it has marks for between them; it has to have some."""
+    found = False
+    for name, table in tables.items():
+        begin, end = marks(name)
+        if begin not in page and end not in page:
+            continue
+        if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+            raise ValueError(f"expected one line {begin} and after it one line {end}")
+        before, rest = page.split(begin)
+        page, found = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", True
+    if not found:
+        raise ValueError(f"expected one line {' or '.join(marks(name)[0] for name in tables)}")
+    return page
+
+
+def filled(page: Path, json_file: Path, document: Entry) -> str:
+    """The page's text with the document's tables."""
+    stem = os.path.relpath(json_file.with_suffix(""), page.parent)
+    return put(page.read_text(), tables(document, Path(stem).as_posix()))
 
 
 def draw_ratios(document: Entry, path: Path) -> None:
@@ -308,16 +434,16 @@ def dump(document: Entry) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path)
-    parser.add_argument("--write", type=Path, nargs="+", default=[], metavar="PAGE", help="put the table into these pages")
+    parser.add_argument("--write", type=Path, nargs="+", default=[], metavar="PAGE", help="put the tables into these pages")
     parser.add_argument(
-        "--check", type=Path, nargs="+", default=[], metavar="PAGE", help="fail unless these pages have the table"
+        "--check", type=Path, nargs="+", default=[], metavar="PAGE", help="fail unless these pages have the tables"
     )
     args = parser.parse_args(argv)
     document = json.loads(args.json.read_text())
     for page in args.write:
-        page.write_text(put(page.read_text(), markdown(document)))
-    if stale := [str(page) for page in args.check if put(page.read_text(), markdown(document)) != page.read_text()]:
-        sys.exit(f"{', '.join(stale)}: not the table of {args.json}; --write puts it there")
+        page.write_text(filled(page, args.json, document))
+    if stale := [str(page) for page in args.check if filled(page, args.json, document) != page.read_text()]:
+        sys.exit(f"{', '.join(stale)}: not the tables of {args.json}; --write puts them there")
     if not (args.write or args.check):
         print(text(document))
         for picture in draw(document, args.json.with_suffix("")):
