@@ -256,14 +256,13 @@ def scaling_table(document: Entry, stem: str) -> str:
 
 def ablations_table(document: Entry, stem: str) -> str:
     """What takes how many times as long without each optimisation: a table for each group, a column for each case."""
-    entries, parts = document["ablations"], []
-    names = list(dict.fromkeys(name for entry in entries.values() for name in entry["cases"]))
+    parts = []
     rounds: set[int] = set()
     for group, title in GROUPS.items():
+        entries = {what: entry for what, entry in document["ablations"].items() if entry["group"] == group}
+        names = list(dict.fromkeys(name for entry in entries.values() for name in entry["cases"]))
         rows = [[title, *names]]
         for what, entry in entries.items():
-            if entry["group"] != group:
-                continue
             row = [what]
             for name in names:
                 cells = []
@@ -272,9 +271,9 @@ def ablations_table(document: Entry, stem: str) -> str:
                     low, middle, high = ratios(case, way, "without", "with")
                     cells.append(f"**{times(middle)}**" if low > 1 or high < 1 else times(middle))
                     rounds.add(len(case["seconds"][way]["with"]))
-                row.append(", ".join(cells))
+                row.append(",\N{NO-BREAK SPACE}".join(cells))
             rows.append(row)
-        if len(rows) > 1:
+        if entries:
             parts.append(grid(rows, 1))
     below = (
         "Time without the optimisation (in the last table: of the other way) over time with it, forward, then forward + "
