@@ -10,7 +10,7 @@ import torch
 from drawn import assert_identical, assert_same, normal, strong
 from torch import Tensor, nn
 
-from rim_rnn import RIM, RIMCell
+from rim_rnn import RIM, RIMCell, native, opaque
 
 KINDS = [{"rnn_cell": "LSTM"}, {"rnn_cell": "GRU"}, {"rnn_cell": "LSTM", "proj_size": 4}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["LSTM", "GRU", "proj"])
@@ -72,6 +72,58 @@ def test_compile_fullgraph_agrees_with_eager(backend: str, rnn_cell: str) -> Non
         with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
             actual = output_and_gradients(compiled, parameters, x, hx)
         assert_same(actual, output_and_gradients(rnn, parameters, x, hx), rtol=1e-9, atol=1e-11)
+
+
+MANY = opaque.UNROLLED + 4
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "extra", [{}, {"bias": False}, {"input_dropout": 0.4, "comm_dropout": 0.4}], ids=["", "no bias", "drop"]
+)
+@kinds
+def test_compiled_readable_path_agrees_with_eager_over_many_steps(kind: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Outputs, states and every gradient; and nothing is compiled anew for a second batch."""
+    rnn = layer(kind, bidirectional=True, **extra, dtype=torch.float64)
+    parameters = list(rnn.parameters())
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    with native.readable():
+        for seed in range(2):
+            x, hx, results = normal(MANY, 3, 3, seed=seed), some_state(rnn, 3), []
+            for module in (compiled, rnn):
+                torch.manual_seed(0)
+                with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
+                    results.append(output_and_gradients(module, parameters, x, hx))
+            assert_same(*results)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_compiled_graph_of_the_readable_path_does_not_grow_with_the_steps() -> None:
+    rnn, sizes = layer(KINDS[0]), []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    with native.readable():
+        for steps in (1, 2, MANY, 10 * MANY):
+            torch.compiler.reset()
+            torch.compile(rnn, fullgraph=True, backend=count)(normal(steps, 2, 3, seed=0, dtype=torch.float32))
+    one, two, many, more = sizes
+    assert one < two  # few steps are unrolled, for the compiler to fuse what it finds
+    assert many == more < one
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"num_comm_heads": 0, "bias": False}], ids=["LSTM", "GRU", "proj", "bare"])
+@pytest.mark.parametrize("batch_sizes", [None, [2, 2, 1]], ids=["padded", "packed"])
+def test_opcheck_of_the_readable_scan(kind: dict[str, Any], batch_sizes: list[int] | None) -> None:
+    cell = layer(kind, dtype=torch.float64).cells[0]
+    x = normal(*((5, 3) if batch_sizes else (3, 2, 3)), seed=0).requires_grad_()
+    state = tuple(normal(2, size, seed=1) for size in cell.state_sizes().values())
+    parameters = opaque.plain_parameters(cell, x, state)
+    h, c = state if len(state) == 2 else (*state, None)
+    arguments = (x, h, c, *parameters, None, None, *opaque.sizes_of(cell, batch_sizes, True))
+    torch.library.opcheck(torch.ops.rim_rnn.readable.default, arguments)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict, TypeVar, Unpack, override
 
-from rim_rnn import native
+from rim_rnn import native, opaque
 from rim_rnn.communication import Communication
 from rim_rnn.dynamics import GRU, LSTM, State
 from rim_rnn.input_attention import InputAttention, compete
@@ -340,12 +340,21 @@ class RIMCell(nn.Module, Generic[StateT]):
     ) -> tuple[Tensor, State, list[Trace]]:
         """:meth:`scan`, by the native operator where :func:`rim_rnn.native.supports` has no reason to decline."""
         done = native.scan(self, input, state, batch_sizes, reverse, record)
+        if done is None:
+            done = opaque.scan(self, input, state, batch_sizes, reverse, record)
         return self.scan(input, state, batch_sizes, reverse, record) if done is None else done
 
     def state_sizes(self) -> dict[str, int]:
         """The features of each state by its name."""
         sizes = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
         return sizes if self.rnn_cell == "LSTM" else {"h": self.hidden_size}
+
+    def zero_state(self, x: Tensor, batch: int) -> State:
+        """The states of a beginning, ``(batch, features)``, which nobody writes to: the same tensor where sizes agree."""
+        h = x.new_zeros(batch, self.proj_size or self.hidden_size)
+        if self.rnn_cell == "GRU":
+            return (h,)
+        return (h, x.new_zeros(batch, self.hidden_size) if self.proj_size else h)
 
     def check_state(self, hx: object, too_few: type[Exception] = RuntimeError) -> State:
         """``hx`` as a tuple of tensors, or the ``TypeError`` of a wrong structure, the ``RuntimeError`` of a wrong number."""
@@ -376,7 +385,7 @@ class RIMCell(nn.Module, Generic[StateT]):
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         if hx is None:
-            state = tuple(x.new_zeros(x.size(0), size) for size in self.state_sizes().values())
+            state = self.zero_state(x, x.size(0))
         else:
             state = self.check_state(hx)
             given = state[0].dtype

@@ -369,8 +369,7 @@ class RIM(nn.Module, Generic[StateT]):
         given = x.dtype
         x = check_alike("input", x, weight)
         if hx is None:
-            zeros = tuple(x.new_zeros(batch, size) for size in cells[0].state_sizes().values())
-            first = [zeros] * len(cells)
+            first = [cells[0].zero_state(x, batch)] * len(cells)
         else:
             state: State = cells[0].check_state(hx, too_few=TypeError)
             given = state[0].dtype

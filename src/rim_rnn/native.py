@@ -12,33 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
+from torch import Tensor
 
-from rim_rnn.communication import Communication
-from rim_rnn.dynamics import GRU, LSTM
-from rim_rnn.input_attention import InputAttention
+from rim_rnn.opaque import NUM_TENSORS, gradients_like, plain_parameters, results_like, run, sizes_of
 from rim_rnn.recording import Trace
-from rim_rnn.units import UnitLinear, divide
+from rim_rnn.units import divide
 
 State = tuple[Tensor, ...]
-
-PARTS: tuple[tuple[str, str | None, tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
-    ("input_attention", None, (InputAttention,), ()),
-    ("input_attention", "query", (UnitLinear,), ("weight", "bias")),
-    ("input_attention", "key", (nn.Linear,), ("weight", "bias")),
-    ("input_attention", "value", (nn.Linear,), ("weight", "bias")),
-    ("dynamics", None, (LSTM, GRU), ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
-    ("communication", None, (Communication,), ()),
-    ("communication", "query", (UnitLinear,), ("weight",)),
-    ("communication", "key", (UnitLinear,), ("weight",)),
-    ("communication", "value", (UnitLinear,), ("weight",)),
-    ("communication", "output", (UnitLinear,), ("weight",)),
-)
-"""A cell's modules, what they have to be, and their parameters in the order of the operator's schema."""
-
-PARAMETERS = tuple(".".join(filter(None, (stage, part, name))) for stage, part, _, names in PARTS for name in names)
 
 
 def _load() -> str | None:
@@ -99,49 +79,11 @@ def _parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] |
         return "switched off"
     if not input.is_cpu:
         return f"the input is on {input.device}, not on the CPU"
-    dtype = input.dtype
-    if dtype is not torch.float32 and dtype is not torch.float64:
-        return f"the input is {dtype}, not float32 or float64"
+    if input.dtype is not torch.float32 and input.dtype is not torch.float64:
+        return f"the input is {input.dtype}, not float32 or float64"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if input.numel() == 0:
-        return "the input is empty"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is on"
-    if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            return "a torch.func transform is active"
-        if torch._C._get_tracing_state() is not None:
-            return "torch.jit is tracing"
-    elif torch.compiler.is_exporting():
-        return "torch.export: the graph stays portable"
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
-        return "a global module hook is registered"
-    parameters: list[Tensor | None] = []
-    stages = cell._modules
-    for stage, part, kinds, names in PARTS:
-        module = stages[stage] if part is None else stages[stage]._modules.get(part)
-        if module is None:
-            parameters.extend([None] * len(names))
-            continue
-        if type(module) not in kinds:
-            return f"{stage} holds a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"a hook is registered in {stage}"
-        parameters.extend(map(module._parameters.get, names))
-    absent = 0
-    for tensor in (input, *state, *parameters):
-        if tensor is None:
-            absent += 1
-            continue
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-            return f"a {type(tensor).__name__} is not a plain tensor"
-        if tensor.dtype is not dtype or not tensor.is_cpu:
-            return "the tensors differ in dtype or device"
-    # One that the cell should have is absent where something was put in its place, as pruning does.
-    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if stages["communication"].num_heads else 4):
-        return "a parameter is not where the cell keeps it"
-    return parameters
+    return plain_parameters(cell, input, state)
 
 
 def scan(
@@ -151,7 +93,6 @@ def scan(
     batch_sizes: Sequence[int] | None = None,
     reverse: bool = False,
     record: bool = False,
-    keep: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor, State, list[Trace]] | None:
     """:meth:`RIMCell.scan` in the native operator.
 
@@ -162,7 +103,6 @@ def scan(
         batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
         reverse: Go from the last step to the first; results stay in the input's order of time.
         record: Also return what each step did.
-        keep: What :meth:`RIMCell.draw` returned for the input's rows in packed order; drawn here if not given.
 
     Returns:
         The outputs in the layout of ``input``, the last states, and one trace per step if ``record``; or ``None`` where
@@ -175,16 +115,12 @@ def scan(
     if isinstance(parameters, str):
         return None
     c = state[1] if len(state) == 2 else None
-    stages = cell._modules
-    sizes = (list(batch_sizes or ()), cell.k, stages["input_attention"].num_heads, stages["communication"].num_heads, reverse)
-    if keep is None:
-        keep = cell.draw(input)
-    tensors = (input, state[0], c, *parameters, *keep)
+    tensors, sizes = (input, state[0], c, *parameters, *cell.draw(input)), sizes_of(cell, batch_sizes, reverse)
     traces: list[Trace] = []
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if differentiable or record:
-        run: Any = _Scan.apply if differentiable and not torch.compiler.is_compiling() else torch.ops.rim_rnn.scan.default
-        output, h_n, c_n, winners, saved = run(*tensors, *sizes)
+        scan: Any = _Scan.apply if differentiable and not torch.compiler.is_compiling() else torch.ops.rim_rnn.scan.default
+        output, h_n, c_n, winners, saved = scan(*tensors, *sizes)
         if record:
             with torch.no_grad():
                 traces = _traces(cell, input, state[0], batch_sizes, reverse, output, winners, saved)
@@ -226,20 +162,6 @@ def _traces(
 
 # What torch.library wants to know of the operators: shapes of results without running, and gradients.
 
-NUM_TENSORS = 3 + len(PARAMETERS) + 2
-
-
-def _infer_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    output = input.new_empty(*input.shape[:-1], h.shape[1])
-    return output, torch.empty_like(h, memory_format=torch.contiguous_format), _last_c(input, c, *rest)
-
-
-def _last_c(input: Tensor, c: Tensor | None, *rest: Any) -> Tensor:
-    if c is not None:
-        return torch.empty_like(c, memory_format=torch.contiguous_format)
-    weight_ih = rest[6]
-    return input.new_empty(0, weight_ih.shape[0] * (weight_ih.shape[2] // 3))
-
 
 def _scan_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     query, weight_ih = rest[0], rest[6]
@@ -248,12 +170,12 @@ def _scan_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[
     u = weight_ih.shape[2] // (3 if c is None else 4)
     per_winner = heads + 4 * u + (0 if c is None else u) + query.shape[1] + comm_heads * query.shape[0]
     winners = input.new_empty(total, k, dtype=torch.int32)
-    return *_infer_fake(input, h, c, *rest), winners, input.new_empty(total * k * per_winner)
+    return *results_like(input, h, c, *rest), winners, input.new_empty(total * k * per_winner)
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:
     input_grad, tensors = args[6], args[7 : 7 + NUM_TENSORS]
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:-2] if t is not None]
+    grads = gradients_like(*tensors[:-2])
     return grads if input_grad else [grads[0].new_empty(0), *grads[1:]]
 
 
@@ -282,55 +204,13 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return *by_tensor, *without
 
 
-class _Readable(nn.Module):
-    """A cell whose forward is its scan, so that torch.func.functional_call can lend it parameters."""
-
-    def __init__(self, cell: Any) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(
-        self, input: Tensor, state: State, batch_sizes: list[int] | None, reverse: bool, keep: Any
-    ) -> tuple[Tensor, ...]:
-        output, last, _ = self.cell.scan(input, state, batch_sizes, reverse, keep=keep)
-        return output, *last
-
-
 def _differentiate_readable(
     tensors: list[Any], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients by way of the readable path, themselves differentiable: what double backward takes."""
-    from rim_rnn.cell import RIMCell  # the one look upwards: the definition itself, on a detour that few calls take
-
-    *tensors, keep_input, keep_comm = tensors
-    input, h, c, query, query_bias, key, _, value, _, weight_ih, *_ = tensors
-    comm_query, _, comm_value, _ = tensors[-4:]
-    batch_sizes, k, heads, comm_heads, reverse = sizes
-    n = query.size(0)
-    with torch.no_grad():
-        cell = RIMCell(
-            input.size(-1),
-            n * (weight_ih.size(2) // (3 if c is None else 4)),
-            query_bias is not None,
-            device="meta",
-            dtype=input.dtype,
-            proj_size=0 if tensors[13] is None else n * query.size(1),
-            num_units=n,
-            k=k,
-            rnn_cell="GRU" if c is None else "LSTM",
-            key_size_input=key.size(0) // heads,
-            value_size_input=value.size(0) // heads,
-            num_input_heads=heads,
-            key_size_comm=1 if comm_query is None else comm_query.size(2) // comm_heads,
-            value_size_comm=1 if comm_value is None else comm_value.size(2) // comm_heads,
-            num_comm_heads=comm_heads,
-        )
-    parameters = {f"cell.{name}": t for name, t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None}
-    state = (h,) if c is None else (h, c)
-    results = torch.func.functional_call(
-        _Readable(cell), parameters, (input, state, batch_sizes or None, reverse, (keep_input, keep_comm))
-    )
+    results = run(tensors, sizes)
     given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None]
+    wanted = wanted[: len(tensors) - 2]
     differentiable = [t for t, want in zip(tensors, wanted, strict=False) if t is not None and want]
     found = iter(
         torch.autograd.grad([r for r, _ in given], differentiable, [g for _, g in given], create_graph=True, allow_unused=True)
@@ -352,7 +232,7 @@ class _Scan(torch.autograd.Function):
 
 
 if _unavailable is None:
-    torch.library.register_fake("rim_rnn::infer", _infer_fake)
+    torch.library.register_fake("rim_rnn::infer", results_like)
     torch.library.register_fake("rim_rnn::scan", _scan_fake)
     torch.library.register_fake("rim_rnn::scan_backward", _backward_fake)
     torch.library.register_autograd("rim_rnn::scan", _backward, setup_context=_setup_context)
