@@ -1,6 +1,7 @@
 """Independent dynamics (paper, section 2.2, equation 4): each winner runs its own LSTM or GRU, losers keep their state."""
 
 import abc
+import math
 from typing import Any
 
 import torch
@@ -62,7 +63,10 @@ class Dynamics(nn.Module, abc.ABC):
         """
         heads, (n, _, gates) = self.num_heads, self.weight_ih.shape
         weight_ih = self.weight_ih.view(n, heads, -1, gates).permute(1, 2, 0, 3).reshape(heads, -1, n * gates)
-        if value.in_features < weight_ih.size(1):
+        # Multiplications per row. A compiler is told nothing of the rows, so that one graph serves all of their numbers.
+        rows = math.inf if torch.compiler.is_compiling() else max(1, x.size(0))
+        size_x, size_value, size_gates = value.in_features, weight_ih.size(1), n * gates
+        if size_x * size_gates * (1 + size_value / rows) < size_value * (size_x + size_gates):
             weight = value.weight.view(heads, -1, value.in_features).transpose(1, 2) @ weight_ih
             projected = x @ weight
             if value.bias is not None:
