@@ -199,7 +199,7 @@ ABLATIONS = [
     Ablation(
         "`W^v W_ih` multiplied out where that is less work",
         ("paper", "small"),
-        ((DYNAMICS, "if value.in_features < weight_ih.size(1):", "if value.in_features < 0:"),),
+        ((DYNAMICS, "if size_x * size_gates * (1 + size_value / rows) < ", "if size_x < 0 * "),),
         group="readable",
     ),
     Ablation(
