@@ -98,6 +98,16 @@ def test_compiled_readable_path_agrees_with_eager_over_many_steps(kind: dict[str
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("steps", [2, MANY])
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_transforms_compile(transform: str, steps: int) -> None:
+    rnn, x = layer(KINDS[0], dtype=torch.float64), normal(2, steps, 2, 3, seed=0)
+    function = getattr(torch.func, transform)(lambda x: rnn(x)[0].sum() if transform == "grad" else rnn(x)[0])
+    x = x[0] if transform == "grad" else x
+    assert_same(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_compiled_graph_of_the_readable_path_does_not_grow_with_the_steps() -> None:
     rnn, sizes = layer(KINDS[0]), []
 
