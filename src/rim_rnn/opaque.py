@@ -50,7 +50,7 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
         return "the input is empty"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is on"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         return "a torch.func transform is active"
     if not torch.compiler.is_compiling():
         if torch._C._get_tracing_state() is not None:
