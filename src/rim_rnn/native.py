@@ -28,9 +28,13 @@ def _load() -> str | None:
         raise ImportError(f"RIM_RNN_NATIVE should be 0, 1 or empty, got {wanted!r}")
     if wanted == "0":
         return "switched off by RIM_RNN_NATIVE=0"
-    library = next((path for path in Path(__file__).parent.glob("_native.*") if path.suffix in (".so", ".pyd")), None)
-    reason = "the native operator is not built"
-    if library is not None:
+    here = Path(__file__).parent
+    library = next((path for path in here.glob("_native.*") if path.suffix in (".so", ".pyd")), None)
+    if library is None:
+        reason = "the native operator is not built (pip install -v says why)"
+    elif library.stat().st_mtime < max((path.stat().st_mtime for path in here.glob("csrc/*")), default=0):  # in a checkout
+        reason = "the native operator is older than its sources (make setup builds it again)"
+    else:
         try:
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         except OSError as error:
