@@ -6,51 +6,62 @@ serves every Python from 3.10 and every torch from 2.10. Where it can not be bui
 
 import os
 import sys
+import textwrap
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 CSRC = "src/rim_rnn/csrc"
 
 
-def without(reason: object) -> None:
-    print(f"rim_rnn: installing without the native operator, in pure Python: {reason}", file=sys.stderr)
-
-
-def native() -> list[Extension]:
+def native() -> Extension | str:
+    """The operator, or why it can not be built."""
     if os.environ.get("RIM_RNN_NATIVE") == "0":
-        without("RIM_RNN_NATIVE=0")
-        return []
+        return "RIM_RNN_NATIVE=0"
     if sys.platform == "win32":
-        without("the sources need GCC or Clang")
-        return []
+        return "the sources need GCC or Clang"
     try:
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
-        without(f"{error} (pip install --no-build-isolation builds it against the installed torch)")
-        return []
+        return f"{error} (pip install --no-build-isolation builds it against the installed torch)"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-        without(f"it needs torch 2.10 or newer, found {torch.__version__}")
-        return []
-    return [
-        Extension(
-            "rim_rnn._native",
-            sources=[f"{CSRC}/{name}.cpp" for name in ("rim", "baseline", "avx2", "avx512")],
-            depends=[f"{CSRC}/{path.name}" for path in sorted((HERE / CSRC).glob("*.h"))],
-            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
-            extra_compile_args=[
-                *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"),
-                *(f"-isystem{path}" for path in cpp_extension.include_paths()),
-            ],
-            library_dirs=cpp_extension.library_paths(),
-            libraries=["torch_cpu"],
-            language="c++",
-            py_limited_api=True,
-        )
-    ]
+        return f"it needs torch 2.10 or newer, found {torch.__version__}"
+    return Extension(
+        "rim_rnn._native",
+        sources=[f"{CSRC}/{name}.cpp" for name in ("rim", "baseline", "avx2", "avx512")],
+        depends=[f"{CSRC}/{path.name}" for path in sorted((HERE / CSRC).glob("*.h"))],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
+        extra_compile_args=[
+            *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"),
+            *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+        ],
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["torch_cpu"],
+        language="c++",
+        py_limited_api=True,
+    )
+
+
+def go_without(command: Command, reason: object) -> None:
+    """Say so in one line, and leave no binary of an earlier build where this one would take it up."""
+    for folder in (command.build_lib, "src") if command.editable_mode else (command.build_lib,):
+        for binary in Path(folder, "rim_rnn").glob("_native.*"):
+            binary.unlink()
+    short = textwrap.shorten(str(reason), 160)
+    print(f"rim_rnn: installing without the native operator, in pure Python: {short}", file=sys.stderr)
+
+
+class BuildPython(build_py):
+    """setup.py runs for the metadata too; this command runs once."""
+
+    def run(self) -> None:
+        if isinstance(operator, str):
+            go_without(self, operator)
+        super().run()
 
 
 class BuildOrGoWithout(build_ext):
@@ -58,14 +69,14 @@ class BuildOrGoWithout(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
-            without(error)
             self.extensions.remove(ext)
+            go_without(self, error)
 
 
-extensions = native()
+operator = native()
+built = isinstance(operator, Extension)
 setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": BuildOrGoWithout},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
-    exclude_package_data={"rim_rnn": ["csrc/*"]},
+    ext_modules=[operator] if built else [],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildOrGoWithout},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if built else {},
 )

@@ -2,12 +2,14 @@
 
 import ast
 import email
+import importlib.util
 import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from torch import nn
 
 import rim_rnn
-from rim_rnn import RIM, RIMCell, record
+from rim_rnn import RIM, RIMCell, native, record
 from rim_rnn.cell import UnitOptions
 
 ROOT = Path(__file__).parents[1]
@@ -27,12 +29,8 @@ MODULES = {path.name for path in SOURCES.glob("*.py")}
 # ---------------------------------------------------------------- the distribution
 
 
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The source distribution of a copy of the project and the wheel made from it, without the native operator."""
-    pytest.importorskip("build")
-    place = tmp_path_factory.mktemp("package")
-    shutil.copytree(
+def copy_of_the_project(place: Path) -> Path:
+    return shutil.copytree(
         ROOT,
         place / "project",
         ignore=lambda folder, names: [
@@ -43,7 +41,15 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             or name in ("build", "dist", "runs")
         ],
     )
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place), str(place / "project")]
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The source distribution of a copy of the project and the wheel made from it, without the native operator."""
+    pytest.importorskip("build")
+    place = tmp_path_factory.mktemp("package")
+    project = copy_of_the_project(place)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(place), str(project)]
     done = subprocess.run(command, env=os.environ | {"RIM_RNN_NATIVE": "0"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (sdist,), (wheel,) = place.glob("*.tar.gz"), place.glob("*.whl")
@@ -86,6 +92,98 @@ def test_metadata(archives: dict[str, Path]) -> None:
 def test_one_version_everywhere() -> None:
     assert f"\nversion: {rim_rnn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {rim_rnn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ---------------------------------------------------------------- the native operator, or none
+
+BUILD = """
+import sys
+from setuptools import build_meta
+
+hook, out = sys.argv[1:]
+getattr(build_meta, f"prepare_metadata_for_{hook}")(out)
+getattr(build_meta, hook)(out)
+"""
+
+
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+@pytest.mark.parametrize(
+    ("torch", "environment", "reason"),
+    [
+        ("2.13.0", {"RIM_RNN_NATIVE": "0"}, "RIM_RNN_NATIVE=0"),
+        ("2.13.0", {"CC": "/nonexistent", "CXX": "/nonexistent"}, "/nonexistent"),
+        ("2.13.0", {"CC": "false", "CXX": "false"}, "false"),
+        ("2.9.1+cpu", {}, "it needs torch 2.10 or newer, found 2.9.1+cpu"),
+        ("", {}, "No module named 'torch'"),
+    ],
+)
+def test_installs_without_the_operator(hook: str, torch: str, environment: dict[str, str], reason: str, tmp_path: Path) -> None:
+    """One line says so, and no binary of an earlier build is left to be taken up."""
+    project, out = copy_of_the_project(tmp_path), tmp_path / "out"
+    utils = tmp_path / "torch" / "utils"  # a torch that has nothing but what the build asks for
+    utils.mkdir(parents=True)
+    (utils / "__init__.py").touch()
+    (utils / "cpp_extension.py").write_text("include_paths = library_paths = list")
+    absent = "raise ModuleNotFoundError(\"No module named 'torch'\")"
+    (utils.parent / "__init__.py").write_text(f"__version__ = {torch!r}" if torch else absent)
+    kept = {name: value for name, value in os.environ.items() if name != "RIM_RNN_NATIVE"} | {"PYTHONPATH": str(tmp_path)}
+    built = project / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    earlier = (project / "src" if hook == "build_editable" else built) / "rim_rnn" / "_native.abi3.so"
+    earlier.parent.mkdir(parents=True, exist_ok=True)
+    earlier.touch()
+    os.utime(earlier, (0, 0))
+
+    command = [sys.executable, "-c", BUILD, hook, str(out)]
+    out.mkdir()
+    done = subprocess.run(command, env=kept | environment, cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("rim_rnn: ")]
+    assert line.startswith("rim_rnn: installing without the native operator, in pure Python: ")
+    assert reason in line
+    (wheel,) = out.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if "_native" in name]
+    assert any(name.endswith("rim_rnn/native.py") for name in names) == (hook == "build_wheel")
+    assert not (project / "src" / "rim_rnn" / "_native.abi3.so").exists()
+
+
+def reason_in(folder: Path) -> str:
+    """Why the package in this folder would not run natively."""
+    spec = importlib.util.spec_from_file_location("rim_rnn_elsewhere", shutil.copy(SOURCES / "native.py", folder))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module._unavailable)
+
+
+def test_a_binary_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None, one older than its sources (a checkout that was updated), and one that can not be loaded."""
+    monkeypatch.delenv("RIM_RNN_NATIVE", raising=False)
+    assert reason_in(tmp_path) == "the native operator is not built (pip install -v says why)"
+    binary, source = tmp_path / "_native.abi3.so", tmp_path / "csrc" / "rim.cpp"
+    source.parent.mkdir()
+    binary.touch()
+    source.touch()
+    os.utime(binary, (0, 0))
+    assert reason_in(tmp_path) == "the native operator is older than its sources (make setup builds it again)"
+    os.utime(source, (0, 0))
+    assert reason_in(tmp_path).startswith("the native operator does not load: ")
+    monkeypatch.setenv("RIM_RNN_NATIVE", "1")
+    with pytest.raises(ImportError, match="RIM_RNN_NATIVE=1, but the native operator does not load"):
+        reason_in(tmp_path)
+
+
+@pytest.mark.skipif(native._unavailable is not None, reason=str(native._unavailable))
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="nm of Linux lists the symbols")
+def test_the_binary_needs_nothing_but_the_stable_interface() -> None:
+    """Of torch the C functions that stay from version to version, and nothing of Python."""
+    (binary,) = SOURCES.glob("_native.*")
+    command = ["nm", "--dynamic", "--undefined-only", "--format=just-symbols", str(binary)]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    stable = {name for name in symbols if re.match("(aoti_)?torch_", name)}
+    assert stable
+    assert not [name for name in symbols if re.search("^_?Py|torch|c10|^_ZNK?2at", name) and name not in stable]
 
 
 # ---------------------------------------------------------------- imports
