@@ -13,6 +13,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py src/rim_rnn/cs
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
 	$(PIP) --no-build-isolation --editable '.[examples,docs,test]'
+	python -c 'import torch, rim_rnn; print("path of a RIM on this CPU:", rim_rnn.RIM(1, 600).path(torch.zeros(1, 1, 1)))'
 	touch $@
 
 demo: setup
