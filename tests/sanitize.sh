@@ -13,4 +13,4 @@ ${CXX:-g++} -shared -fPIC -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,und
     -L"$torch/lib" -ltorch_cpu -o "$work/rim_rnn/_native.so"
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
     RIM_RNN_NATIVE=1 PYTHONPATH="$work" "$python" -m pytest -q -p no:cacheprovider tests/test_native.py \
-    -k "${1:-equals or few or float32 or threads or twice or row or strided or sizes}"
+    -k "${1:-equals or few or float32 or threads or twice or row or stride or checked}"

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rim_rnn import RIM, RIMCell, native, record
+from rim_rnn.opaque import PARAMETERS
 
 pytestmark = pytest.mark.skipif(native._unavailable is not None, reason=str(native._unavailable))
 
@@ -438,29 +439,114 @@ def test_layers_say_which_path_they_take() -> None:
         assert rnn.path(torch.randn(3, 2, 5)) == "native"
 
 
+ARGUMENTS = ("input", "h_0", "c_0", *PARAMETERS, "keep_input", "keep_comm")
+SIZES = ("batch_sizes", "k", "num_input_heads", "num_comm_heads", "reverse")
+
+
+def arguments_of(operator: str, packed: bool = False, **options: Any) -> dict[str, Any]:
+    """A right call of the operator, by the names that its errors use."""
+    cell, x = make(num_input_heads=2, **options, dtype=torch.float32), torch.randn(*(5, 5) if packed else (3, 2, 5))
+    state = states(cell, 2)
+    tensors = (x, *state, *[None] * (2 - len(state)), *native._parameters(cell, x, state), *cell.draw(x))
+    sizes = ([2, 2, 1] if packed else [], cell.k, cell.num_input_heads, cell.num_comm_heads, False)
+    right = dict(zip((*ARGUMENTS, *SIZES), (*tensors, *sizes), strict=True))
+    if operator == "scan_backward":
+        output, h_n, c_n, winners, saved = torch.ops.rim_rnn.scan.default(*right.values())
+        grads = {"grad_output": output, "grad_h_n": h_n, "grad_c_n": c_n if len(state) == 2 else None}
+        right = {**grads, "output": output, "winners": winners, "saved": saved, "input_grad": True} | right
+    return right
+
+
+def wrong_tensors(value: Tensor | None) -> Iterator[Tensor]:
+    """Of a wrong dtype, with a dimension too many, and each size in turn one too large, and zero."""
+    if value is None:
+        yield torch.zeros(1)
+        return
+    yield value.half()
+    yield value[None]
+    for dim in range(value.dim()):
+        yield torch.cat([value, value.narrow(dim, 0, 1)], dim)
+        yield value.narrow(dim, 0, 0)
+
+
+WRONG_SIZES = {
+    "batch_sizes": [[2, 3], [3, 2], [2, 2], [2, 2, 1, 1], [2, 2, 0, 1], [2, 2, -1, 2], [5, 0], [0], [-5], [2**62] * 4],
+    "k": [0, -1, 5, 2**31, 2**63 - 1],
+    "num_input_heads": [0, -1, 3, 2**31, 2**63 - 1],
+    "num_comm_heads": [-1, 3, 5, 2**31, 2**63 - 1],
+}
+OPERATORS = ("infer", "scan", "scan_backward")
+ALL, NOTHING = {"proj_size": 8, **DROPOUTS}, {"rnn_cell": "GRU", "bias": False, "num_comm_heads": 0}
+
+
+@pytest.mark.parametrize("options", [ALL, NOTHING], ids=["all", "nothing"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_tensors_are_checked_by_name(operator: str, options: dict[str, Any]) -> None:
+    """Each tensor in turn; where others take their sizes from it, the first that does not fit it is named instead."""
+    call, right = getattr(torch.ops.rim_rnn, operator).default, arguments_of(operator, **options)
+    tensors = [
+        name for name in right if name not in (*SIZES, "input_grad") and not (name == "grad_c_n" and right[name] is None)
+    ]
+    assert set(tensors) >= set(ARGUMENTS)
+    for name in tensors:
+        others = right if name in ARGUMENTS else [name]
+        for wrong in wrong_tensors(right[name]):
+            if name == "input" and wrong.size(0) == 4:
+                continue  # one step more is right
+            with torch.no_grad(), pytest.raises(RuntimeError, match=r"^rim_rnn: ") as error:
+                call(*(right | {name: wrong}).values())
+            assert any(other in str(error.value) for other in others), (name, wrong.shape, error.value)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", WRONG_SIZES)
+def test_sizes_are_checked_by_name(operator: str, name: str) -> None:
+    call = getattr(torch.ops.rim_rnn, operator).default
+    right = arguments_of(operator, packed=True, **ALL)
+    for wrong in WRONG_SIZES[name]:
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"^rim_rnn: ") as error:
+            call(*(right | {name: wrong}).values())
+        assert name in str(error.value), (wrong, error.value)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_any_strides_are_right(operator: str) -> None:
+    call, right = getattr(torch.ops.rim_rnn, operator).default, arguments_of(operator, **ALL)
+    strided = {
+        name: torch.stack([value, value], dim=-1)[..., 0] if isinstance(value, Tensor) and name != "winners" else value
+        for name, value in right.items()
+    }
+    assert not any(value.is_contiguous() for name, value in strided.items() if isinstance(value, Tensor) and name != "winners")
+    for ours, expected in zip(call(*strided.values()), call(*right.values()), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("winners", [[0, 1, 4], [-1, 0, 1], [0, 0, 1], [1, 0, 2], [0, 1, 2**31 - 1]])
+def test_winners_are_checked(winners: list[int]) -> None:
+    right = arguments_of("scan_backward", **ALL)
+    right["winners"][4] = torch.tensor(winners)
+    with pytest.raises(RuntimeError, match="winners of a row should ascend, from 0 to 3"):
+        torch.ops.rim_rnn.scan_backward.default(*right.values())
+
+
 @pytest.mark.parametrize(
-    ("position", "replacement", "message"),
+    ("name", "wrong", "message"),
     [
-        (0, torch.zeros(3, 2, 4), r"input should have shape \(3, 2, 5\), got \(3, 2, 4\)"),
-        (0, torch.zeros(3, 2, 5, dtype=torch.float16), "input should be float32 or float64"),
-        (1, torch.zeros(2, 23), r"h_0 should have shape \(2, 24\), got \(2, 23\)"),
-        (2, torch.zeros(2, 24, dtype=torch.float64), "c_0 should have the dtype of input"),
-        (4, None, "input_attention.key.bias should be None for this cell"),
-        (10, torch.zeros(4, 6, 23), r"dynamics.weight_hh should have shape \(4, 6, 24\), got \(4, 6, 23\)"),
-        (14, torch.zeros(4, 6, 13), r"communication.query.weight.size\(2\)=13 should be divisible by num_comm_heads=4"),
-        (18, torch.zeros(6, 4, 2), r"keep_input should have shape \(6, 4, 1\), got \(6, 4, 2\)"),
-        (19, torch.zeros(6, 4, 4, 3), r"keep_comm should have shape \(6, 4, 4, 4\), got \(6, 4, 4, 3\)"),
-        (20, [2, 3], "batch_sizes should never grow"),
-        (21, 5, "k should be from 1 to num_units=4, got 5"),
-        (22, 3, "should be divisible by num_input_heads=3"),
+        ("input", torch.zeros(3, 2, 4), r"input should have shape \(3, 2, 5\), got \(3, 2, 4\)"),
+        ("h_0", torch.zeros(2, 15), r"h_0 should have shape \(2, 8\), got \(2, 15\)"),
+        ("c_0", torch.zeros(2, 24, dtype=torch.float64), "c_0 should have the dtype of input"),
+        ("input_attention.key.bias", None, "input_attention.key.bias should be a tensor, got None"),
+        ("communication.query.weight", None, "communication.query.weight should be a tensor, got None"),
+        (
+            "communication.query.weight",
+            torch.zeros(4, 2, 13),
+            r"communication.query.weight.size\(2\)=13 should be divisible by",
+        ),
+        ("batch_sizes", [2, 2, 2], "input should have 2 dimensions, got 3"),
+        ("k", 5, "k should be from 1 to 4, got 5"),
+        ("num_input_heads", 3, r"input_attention.key.weight.size\(0\)=128 should be divisible by num_input_heads=3"),
     ],
 )
-def test_sizes_are_checked_once_by_name(position: int, replacement: Any, message: str) -> None:
-    cell = make(dtype=torch.float32)
-    h, c = states(cell, 2)
-    arguments = [torch.zeros(3, 2, 5), h, c, *native._parameters(cell, torch.zeros(1), ()), None, None, [], cell.k, 1, 4, False]
-    if position == 20:
-        arguments[0] = torch.zeros(5, 5)
-    arguments[position] = replacement
-    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
-        torch.ops.rim_rnn.infer.default(*arguments)
+def test_errors_say_what_was_expected_and_what_was_given(name: str, wrong: Any, message: str) -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"^rim_rnn: {message}"):
+        torch.ops.rim_rnn.infer.default(*(arguments_of("infer", **ALL) | {name: wrong}).values())

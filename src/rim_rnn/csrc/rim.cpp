@@ -73,8 +73,10 @@ const Kernels<T>& kernels() {
   return chosen;
 }
 
-int narrow(const char* name, int64_t size) {
-  if (size < 0 || size > INT_MAX / 64) fail(std::string(name) + "=" + std::to_string(size) + " is out of range");
+constexpr int MOST = INT_MAX / 64;  // of a size: sums of a few are 32-bit integers in the kernels
+
+int narrow(const std::string& name, int64_t size, int64_t most = MOST) {
+  if (size < 1 || size > most) fail(name + " should be from 1 to " + std::to_string(most) + ", got " + std::to_string(size));
   return static_cast<int>(size);
 }
 
@@ -95,13 +97,14 @@ struct Arguments {
   bool reverse;
 };
 
-int64_t size_of(const char* name, const Tensor& tensor, int64_t dims, int64_t dim) {
-  if (tensor.dim() != dims) fail(std::string(name) + " should have " + std::to_string(dims) + " dimensions, got " + std::to_string(tensor.dim()));
-  return tensor.size(dim);
+int size_of(const std::string& name, const Tensor& tensor, int64_t dims, int64_t dim, int64_t most = MOST) {
+  if (tensor.dim() != dims) fail(name + " should have " + std::to_string(dims) + " dimensions, got " + std::to_string(tensor.dim()));
+  return narrow(name + ".size(" + std::to_string(dim) + ")", tensor.size(dim), most);
 }
 
-int64_t divided(const char* name, int64_t size, const char* by_name, int64_t by) {
-  if (by < 1 || size % by) fail(std::string(name) + "=" + std::to_string(size) + " should be divisible by " + by_name + "=" + std::to_string(by));
+int divided(const std::string& name, const Tensor& tensor, int64_t dims, int64_t dim, const char* by_name, int by) {
+  const int size = size_of(name, tensor, dims, dim);
+  if (size % by) fail(name + ".size(" + std::to_string(dim) + ")=" + std::to_string(size) + " should be divisible by " + by_name + "=" + std::to_string(by));
   return size / by;
 }
 
@@ -117,35 +120,39 @@ struct Call {
   explicit Call(const Arguments& a, bool backward) {
     const bool packed = !a.batch_sizes.empty();
     s.lstm = a.c.has_value(), s.bias = a.query_bias.has_value(), s.projected = a.weight_hr.has_value(), s.reverse = a.reverse;
-    s.n = narrow("num_units", size_of("query.weight", a.query, 3, 0));
-    s.p = narrow("unit size", size_of("query.weight", a.query, 3, 1));
-    s.u = narrow("unit size", divided("weight_ih.size(2)", size_of("weight_ih", a.weight_ih, 3, 2), "gates", s.lstm ? 4 : 3));
-    s.input = narrow("input_size", size_of("key.weight", a.key, 2, 1));
-    s.k = narrow("k", a.k), s.heads = narrow("num_input_heads", a.heads), s.comm_heads = narrow("num_comm_heads", a.comm_heads);
-    if (s.n < 1 || s.p < 1 || s.u < 1 || s.input < 1) fail("num_units, unit sizes and input_size should be positive");
-    if (s.k < 1 || s.k > s.n) fail("k should be from 1 to num_units=" + std::to_string(s.n) + ", got " + std::to_string(s.k));
-    s.key = narrow("key_size_input", divided("key.weight.size(0)", a.key.size(0), "num_input_heads", s.heads));
-    s.value = narrow("value_size_input", divided("value.weight.size(0)", size_of("value.weight", a.value, 2, 0), "num_input_heads", s.heads));
-    if (s.comm_heads) {
-      if (!a.comm_query || !a.comm_value) fail("communication weights should be tensors where num_comm_heads > 0");
-      s.comm_key = narrow("key_size_comm", divided("communication.query.weight.size(2)", size_of("communication.query.weight", *a.comm_query, 3, 2), "num_comm_heads", s.comm_heads));
-      s.comm_value = narrow("value_size_comm", divided("communication.value.weight.size(2)", size_of("communication.value.weight", *a.comm_value, 3, 2), "num_comm_heads", s.comm_heads));
+    s.n = size_of("input_attention.query.weight", a.query, 3, 0);
+    s.p = size_of("input_attention.query.weight", a.query, 3, 1);
+    s.u = divided("dynamics.weight_ih", a.weight_ih, 3, 2, "gates", s.lstm ? 4 : 3);
+    s.input = size_of("input_attention.key.weight", a.key, 2, 1);
+    s.k = narrow("k", a.k, s.n), s.heads = narrow("num_input_heads", a.heads);
+    s.key = divided("input_attention.key.weight", a.key, 2, 0, "num_input_heads", s.heads);
+    s.value = divided("input_attention.value.weight", a.value, 2, 0, "num_input_heads", s.heads);
+    if (a.comm_heads) {
+      s.comm_heads = narrow("num_comm_heads", a.comm_heads);
+      if (!a.comm_query) fail("communication.query.weight should be a tensor, got None");
+      if (!a.comm_value) fail("communication.value.weight should be a tensor, got None");
+      s.comm_key = divided("communication.query.weight", *a.comm_query, 3, 2, "num_comm_heads", s.comm_heads);
+      s.comm_value = divided("communication.value.weight", *a.comm_value, 3, 2, "num_comm_heads", s.comm_heads);
     }
+    narrow("num_units * num_input_heads", int64_t(s.n) * s.heads), narrow("num_units * (num_comm_heads + 1)", s.n * (s.comm_heads + int64_t(1)));
+    narrow("num_input_heads * (input_size + 1)", s.heads * (s.input + int64_t(1)));
 
     // Time: the rows present at each step, and where they start.
     const int64_t dims = packed ? 2 : 3;
     if (a.input.dim() != dims) fail("input should have " + std::to_string(dims) + " dimensions, got " + std::to_string(a.input.dim()));
-    s.batch = size_of("h_0", a.h, 2, 0);
+    s.batch = size_of("h_0", a.h, 2, 0, INT_MAX / 2 / s.n);  // the kernels count pairs of a row and a unit
+    if (packed && a.batch_sizes.front() != s.batch) fail("batch_sizes should start at h_0.size(0)=" + std::to_string(s.batch) + ", got " + std::to_string(a.batch_sizes.front()));
+    if (!a.input.size(0)) fail("input.size(0) should be positive, got 0");
     batch_sizes = packed ? a.batch_sizes : std::vector<int64_t>(a.input.size(0), s.batch);
     int64_t previous = s.batch;
     for (int64_t present : batch_sizes) {
-      if (present < 1 && s.batch) fail("batch_sizes should be positive, got " + std::to_string(present));
-      if (present > previous) fail("batch_sizes should never grow and start at the batch size " + std::to_string(s.batch) + ", got " + std::to_string(present) + " after " + std::to_string(previous));
+      if (present < 1) fail("batch_sizes should be positive, got " + std::to_string(present));
+      if (present > previous) fail("batch_sizes should never grow, got " + std::to_string(present) + " after " + std::to_string(previous));
       previous = present;
       offsets.push_back(s.total);
       s.total += present;
     }
-    if (packed && batch_sizes.front() != s.batch) fail("batch_sizes should start at the batch size " + std::to_string(s.batch) + ", got " + std::to_string(batch_sizes.front()));
+    if (packed && s.total != a.input.size(0)) fail("batch_sizes should sum to input.size(0)=" + std::to_string(a.input.size(0)) + ", got " + std::to_string(s.total));
     s.steps = static_cast<int64_t>(batch_sizes.size());
     s.batch_sizes = batch_sizes.data(), s.offsets = offsets.data();
 
@@ -179,6 +186,7 @@ struct Call {
     problem.keep_input = take("keep_input", a.keep_input, {s.total, n, s.heads}, a.keep_input.has_value());
     problem.keep_comm = take("keep_comm", a.keep_comm, {s.total, s.comm_heads, n, n}, comm && a.keep_comm.has_value());
 
+    if (double(s.total) * s.k * (s.heads + 5.0 * u + p + double(s.comm_heads) * n) > 1e18) fail("the rows of all steps are too many for backward to keep");
     s.input_scale = 1 / std::sqrt(double(s.key));
     s.comm_scale = comm ? 1 / std::sqrt(double(s.comm_key)) : 0;
     output_shape = packed ? std::vector<int64_t>{s.total, n * p} : std::vector<int64_t>{s.steps, s.batch, n * p};
@@ -203,7 +211,7 @@ struct Call {
     const int64_t worth = int64_t(work / 2e6) + 1;  // a thread should have some ten microseconds to do
     threads = threads < worth ? threads : worth;
     if (s.in_place && backward) threads = 1;  // which writes the gradients where they belong
-    s.blocks = int(threads < s.batch ? threads : (s.batch ? s.batch : 1));
+    s.blocks = int(threads < s.batch ? threads : s.batch);
   }
 
   std::vector<char> storage;
@@ -270,8 +278,10 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   if (winners.dim() != 2 || winners.size(0) != s.total || winners.size(1) != s.k || winners.scalar_type() != ScalarType::Int || !winners.is_contiguous())
     fail("winners should be a contiguous int32 tensor of shape " + shape_of({s.total, s.k}));
   const int32_t* won = static_cast<const int32_t*>(winners.const_data_ptr());
-  for (int64_t i = 0; i < s.total * s.k; ++i)
-    if (won[i] < 0 || won[i] >= s.n) fail("winners should be from 0 to " + std::to_string(s.n - 1) + ", got " + std::to_string(won[i]));
+  for (int64_t i = 0; i < s.total * s.k; ++i) {
+    const int32_t least = i % s.k ? won[i - 1] + 1 : 0;
+    if (won[i] < least || won[i] >= s.n) fail("winners of a row should ascend, from 0 to " + std::to_string(s.n - 1) + ", got " + std::to_string(won[i]));
+  }
   problem.grad_output = given_output, problem.grad_last_h = given_h, problem.grad_last_c = given_c;
   problem.output = const_cast<T*>(static_cast<const T*>(result));
   problem.saved = Saved<T>::in(const_cast<T*>(static_cast<const T*>(kept)), const_cast<int32_t*>(won), s);
