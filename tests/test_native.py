@@ -117,9 +117,9 @@ def test_float32_within_rounding(rnn_cell: str, input_size: int, steps: int) -> 
 @pytest.mark.parametrize(
     "options", [{}, {"rnn_cell": "GRU"}, {"proj_size": 32}, {"bias": False, "num_comm_heads": 0}, DROPOUTS]
 )
-@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 16), (3, 5)])
+@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 16), (3, 5), (4, 16)])
 def test_few_rows(options: dict[str, Any], steps: int, batch: int) -> None:
-    """Where sizes fill vectors, at most 16 rows in all take the weights as they lie in memory."""
+    """Where sizes fill vectors, at most 64 rows in all take the weights as they lie in memory."""
     cell = make(hidden_size=64, num_units=2, k=1, key_size_input=16, num_input_heads=2, key_size_comm=16, **options)
     x = torch.randn(steps, batch, 5, dtype=torch.float64)
     assert_equal_paths(cell, x, states(cell, batch))

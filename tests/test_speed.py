@@ -38,6 +38,7 @@ ACT = ["cases", "--cases", "act"]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the command in tiny sizes, with two points where it has many; the JSON that it leaves."""
     monkeypatch.setattr(measure, "SCALING", {"steps": [25, 50], "k": [4]})
+    monkeypatch.setattr(measure, "CALLS", {name: cases.CALLS[name] for name in ("nothing", "batch=1")})
     monkeypatch.setattr(measure, "MEMORY", {"steps": [100]})
 
     def run(*argv: str) -> dict[str, Any]:
@@ -184,7 +185,8 @@ def test_every_section_is_in_the_json(run: Any, tmp_path: Path) -> None:
     assert {"commit", "version", "load"} <= about.keys()
     assert {"cpu", "cores", "threads", "torch", "python", "seed"} <= document["setup"].keys()
     assert (document["setup"]["path"], document["setup"]["smoke"]) == ("readable", True)
-    for entry in [*document["cases"].values(), *document["scaling"].values()]:
+    assert list(document["calls"]) == ["nothing", "batch=1"]
+    for entry in [*document["cases"].values(), *document["scaling"].values(), *document["calls"].values()]:
         assert entry["run"] in document["runs"]
         case = Case(**entry["case"])
         for way in ("forward", "train"):
@@ -265,7 +267,7 @@ def test_native_can_be_demanded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["speed"], "no section speed; there are cases, scaling, memory, rival"),
+        (["speed"], "no section speed; there are cases, scaling, calls, memory, rival"),
         (["--cases", "tiny"], "invalid choice: 'tiny'"),
         (["--rounds", "0"], "at least 1"),
         (["rival"], "needs --rival PATH"),
@@ -514,6 +516,13 @@ def test_the_scaling_table_has_what_was_measured(document: dict[str, Any]) -> No
     assert "| T=7, N=8, 1 → 9, 8 units, k=4 | 100 ms | 2.00 | 300 ms | 1.00 |" in both.splitlines()
     del document["scaling"], document["memory"]
     assert show.tables(document, "native")["scaling"] == "Not measured yet."
+
+
+def test_the_calls_table_has_microseconds(document: dict[str, Any]) -> None:
+    assert show.tables(document, "native")["calls"] == "Not measured yet."
+    document["calls"] = {"nothing": document["cases"]["paper"]}
+    (row,) = show.tables(document, "native")["calls"].splitlines()[2:]
+    assert row == "| T=7, N=8, 1 → 9 | 100,000 μs | 200,000 μs | 2.00 | 300,000 μs | 300,000 μs | 1.00 |"
 
 
 def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ ABLATIONS = [
     Ablation(
         "weights used as they lie where there are few rows",
         ("act16",),
-        ((PLAN, "s.in_place = s.total <= 16 &&", "s.in_place = s.total <= 0 &&"),),
+        ((PLAN, "s.in_place = s.total <= 64 &&", "s.in_place = s.total <= 0 &&"),),
     ),
     Ablation(
         "dot products of four rows at a time in the backward pass of few rows",

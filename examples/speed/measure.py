@@ -9,6 +9,7 @@ The sections:
 cases    forward alone (no_grad) and forward with backward, each case of cases.py; and the floor, the arithmetic that the case
          needs over the rate of the machine's fastest large matrix product, measured in the same rounds
 scaling  the same as steps, batch, hidden size, units and active units double
+calls    the same for one step of the sizes of act, of almost nothing and as its batch doubles
 memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
 rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
 
@@ -34,14 +35,14 @@ from typing import Any, Protocol
 
 import show
 import torch
-from cases import BASE, CASES, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
+from cases import BASE, CALLS, CASES, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
 from torch.nn import functional as F
 
 import rim_rnn
 from rim_rnn import native
 
 HERE = Path(__file__).parent
-SECTIONS = ("cases", "scaling", "memory", "rival")
+SECTIONS = ("cases", "scaling", "calls", "memory", "rival")
 WAYS = ("forward", "train")
 
 
@@ -189,7 +190,7 @@ def compare_rival(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-MEASURES = {"cases": compare, "scaling": compare, "memory": compare_memory, "rival": compare_rival}
+MEASURES = {"cases": compare, "scaling": compare, "calls": compare, "memory": compare_memory, "rival": compare_rival}
 
 
 def points() -> dict[str, dict[str, Case]]:
@@ -197,6 +198,7 @@ def points() -> dict[str, dict[str, Case]]:
     return {
         "cases": CASES,
         "scaling": {f"{field}={v}": dataclasses.replace(BASE, **{field: v}) for field, vs in SCALING.items() for v in vs},
+        "calls": CALLS,
         "memory": {f"{field}={v}": dataclasses.replace(PAPER, **{field: v}) for field, vs in MEMORY.items() for v in vs},
         "rival": {"paper": PAPER},
     }

@@ -133,11 +133,12 @@ def text(document: Entry) -> str:
                 products.setdefault(name, []).append(entry["product"]["flops"] / np.median(rounds) / 1e9)
         rates = [f"{name} {min(rates):.0f} to {max(rates):.0f} GFLOP/s" for name, rates in products.items()]
         parts += [columns(rows), f"floor: arithmetic over the rate of a large product, the faster of {', '.join(rates)}"]
-    if scaling := document.get("scaling"):
-        rows = [["size", *(f"{way} {name} ms" for way in WAYS for name in ("RIM", "torch"))]]
-        for size, entry in scaling.items():
+    for section in ("scaling", "calls"):
+        rows = [[section, *(f"{way} {name} ms" for way in WAYS for name in ("RIM", "torch"))]]
+        for size, entry in document.get(section, {}).items():
             rows.append([size, *(figure(milliseconds(entry, way, name)) for way in WAYS for name in ("RIM", "torch"))])
-        parts.append(columns(rows))
+        if rows[1:]:
+            parts.append(columns(rows))
     if memory := document.get("memory"):
         rows = [["peak memory, training", "RIM MiB", "torch MiB", "RIM/torch"]]
         for size, entry in memory.items():
@@ -254,6 +255,23 @@ def scaling_table(document: Entry, stem: str) -> str:
     return "\n\n".join(parts) or NOT_YET
 
 
+def calls_table(document: Entry, stem: str) -> str:
+    """One step: of almost nothing, and as its rows double."""
+    rows = [
+        [
+            "one step",
+            *(f"{way}{name}" for way in WAYS.values() for name in (" of `RIM`", " of `nn.LSTM`", ", `nn.LSTM` / `RIM`")),
+        ]
+    ]
+    for entry in document.get("calls", {}).values():
+        row = [entry["sizes"]]
+        for way in WAYS:
+            row += [f"{figure(1e3 * milliseconds(entry, way, name))} μs" for name in ("RIM", "torch")]
+            row += [times(ratios(entry, way)[1])]
+        rows.append(row)
+    return grid(rows, 1) if rows[1:] else NOT_YET
+
+
 def ablations_table(document: Entry, stem: str) -> str:
     """What takes how many times as long without each optimisation: a table for each group, a column for each case."""
     parts = []
@@ -285,7 +303,7 @@ def ablations_table(document: Entry, stem: str) -> str:
 
 def tables(document: Entry, stem: str) -> dict[str, str]:
     """Every table of a document under the name of its marks. `stem`: the JSON without its ending, as a page refers to it."""
-    makers = {"speed": cases_table, "floor": floor_table, "scaling": scaling_table}
+    makers = {"speed": cases_table, "floor": floor_table, "scaling": scaling_table, "calls": calls_table}
     if "ablations" in document:
         makers = {"ablations": ablations_table}
     return {name: maker(document, stem) for name, maker in makers.items()}

@@ -203,7 +203,7 @@ struct Call {
     const double folded_value = in1 * s.heads * gates * (double(s.n) * s.value + rows * s.k);
     s.fold_value = folded_value < apart_value;
     const auto whole = [](int size) { return size % 16 == 0; };  // vectors of every instruction set
-    s.in_place = s.total <= 16 && whole(s.u) && whole(s.p) && whole(s.heads * s.key) && whole(s.heads * s.value) && whole(s.e()) && whole(s.w());
+    s.in_place = s.total <= 64 && whole(s.u) && whole(s.p) && whole(s.heads * s.key) && whole(s.heads * s.value) && whole(s.e()) && whole(s.w());
     if (s.in_place) s.fold_key = s.fold_value = false;
     const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
     const double work = passes * rows * step;
