@@ -338,7 +338,7 @@ class RIMCell(nn.Module, Generic[StateT]):
         reverse: bool = False,
         record: bool = False,
     ) -> tuple[Tensor, State, list[Trace]]:
-        """:meth:`scan`, by the native operator where :func:`rim_rnn.native.supports` has no reason to decline."""
+        """:meth:`scan`: by the native operator where that takes the call, else under torch.compile by the one of many steps."""
         done = native.scan(self, input, state, batch_sizes, reverse, record)
         if done is None:
             done = opaque.scan(self, input, state, batch_sizes, reverse, record)

@@ -76,7 +76,10 @@ def supports(cell: Any, input: Tensor, state: State) -> str | None:
 
 
 def _parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] | str:
-    """The parameters in the order of the schema, ``None`` where the cell has none; or a reason to decline: the one list."""
+    """The parameters in the order of the schema, ``None`` where the cell has none; or a reason to decline.
+
+    The reasons here are the operator's own; those that keep any operator from taking over are :func:`plain_parameters`'s.
+    """
     if _unavailable is not None:
         return _unavailable
     if _switched_off:
@@ -123,8 +126,8 @@ def scan(
     traces: list[Trace] = []
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if differentiable or record:
-        scan: Any = _Scan.apply if differentiable and not torch.compiler.is_compiling() else torch.ops.rim_rnn.scan.default
-        output, h_n, c_n, winners, saved = scan(*tensors, *sizes)
+        operator: Any = _Scan.apply if differentiable and not torch.compiler.is_compiling() else torch.ops.rim_rnn.scan.default
+        output, h_n, c_n, winners, saved = operator(*tensors, *sizes)
         if record:
             with torch.no_grad():
                 traces = _traces(cell, input, state[0], batch_sizes, reverse, output, winners, saved)

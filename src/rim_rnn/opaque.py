@@ -22,7 +22,7 @@ from rim_rnn.units import UnitLinear, autocast_dtype
 State = tuple[Tensor, ...]
 
 UNROLLED = 16
-"""Up to so many steps torch.compile sees each of them, and fuses what it finds: a step takes it a second or more."""
+"""Up to so many steps torch.compile sees each of them and fuses what it finds, which takes its time for every one."""
 
 PARTS: tuple[tuple[str, str | None, tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
     ("input_attention", None, (InputAttention,), ()),
