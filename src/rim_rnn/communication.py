@@ -50,10 +50,13 @@ class Communication(nn.Module):
                 projection.reset_parameters()
 
     def weight(self) -> Tensor | None:
-        """``[W^q | W^k | W^v]``, so that one product makes all three; put together once for all steps."""
+        """``[W^q / sqrt(d) | W^k | W^v]`` of one head after the other, so that one product makes all; once for all steps."""
         if not self.num_heads:
             return None
-        return torch.cat([self.query.weight, self.key.weight, self.value.weight], dim=-1)
+        query, key, value = (
+            part.weight.view(*part.weight.shape[:2], self.num_heads, -1) for part in (self.query, self.key, self.value)
+        )
+        return torch.cat([query / math.sqrt(self.key_size), key, value], dim=-1).flatten(2)
 
     def draw(self, x: Tensor) -> Tensor | None:
         """Dropout on the probabilities, ``(M, heads, n, n)``: a draw per row, head, reader and unit that is read."""
@@ -80,14 +83,11 @@ class Communication(nn.Module):
         heads, d = self.num_heads, self.key_size
         # One small attention per row and head. As 3-D products: torch.compile takes 4-D ones with this order of axes for
         # another layout and returns wrong numbers (torch 2.13, inductor on a CPU).
-        sizes = [heads * d, heads * d, heads * self.value_size]
-        query, key, value = (
-            part.view(n, batch, heads, size // heads).permute(1, 2, 0, 3).reshape(batch * heads, n, size // heads)
-            for part, size in zip(torch.split(torch.bmm(h, weight), sizes, dim=-1), sizes, strict=True)
-        )
-        attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)) / math.sqrt(d), dim=-1)
+        projected = torch.bmm(h, weight).view(n, batch, heads, -1).permute(1, 2, 0, 3).reshape(batch * heads, n, -1)
+        query, key, value = torch.split(projected, [d, d, self.value_size], dim=-1)
+        attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)
         dropped = attention if keep is None else attention * keep.reshape(attention.shape)
         context = torch.bmm(dropped, value)
-        context = context.view(batch, heads, n, self.value_size).permute(2, 0, 1, 3).reshape(n, batch, sizes[2])
+        context = context.view(batch, heads, n, self.value_size).permute(2, 0, 1, 3).reshape(n, batch, -1)
         attention = attention.view(batch, heads, n, n)
         return torch.where(active.unsqueeze(-1), h + self.output(context), h), attention

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rim_rnn.units import uniform_
 
@@ -68,20 +69,23 @@ class Dynamics(nn.Module, abc.ABC):
         size_x, size_value, size_gates = value.in_features, weight_ih.size(1), n * gates
         if size_x * size_gates * (1 + size_value / rows) < size_value * (size_x + size_gates):
             weight = value.weight.view(heads, -1, value.in_features).transpose(1, 2) @ weight_ih
-            projected = x @ weight
-            if value.bias is not None:
-                projected = projected + value.bias.view(heads, 1, -1) @ weight_ih
-        else:
-            projected = value(x).view(-1, heads, weight_ih.size(1)).transpose(0, 1) @ weight_ih
-        return projected.view(heads, -1, n, gates)
+            bias = None if value.bias is None else (value.bias.view(heads, 1, -1) @ weight_ih).flatten()
+            projected = F.linear(x, weight.transpose(1, 2).reshape(-1, value.in_features), bias)
+            return projected.view(-1, heads, n, gates).transpose(0, 1)
+        return (value(x).view(-1, heads, weight_ih.size(1)).transpose(0, 1) @ weight_ih).view(heads, -1, n, gates)
 
     def read(self, a_input: Tensor, gates: Tensor) -> Tensor:
-        """``sum over heads of a_input * (value W_ih)  + b_ih``: ``(n, N, H)``, ``(H, N, n, G*u)`` -> ``(n, N, G*u)``."""
+        """``sum over heads of a_input * (value W_ih)  + bias``: ``(n, N, H)``, ``(H, N, n, G*u)`` -> ``(n, N, G*u)``."""
         a, first, *others = a_input.to(gates.dtype).unsqueeze(-1), *gates.transpose(1, 2).unbind(0)
-        total = a[:, :, 0] * first if self.bias_ih is None else torch.addcmul(self.bias_ih.unsqueeze(1), a[:, :, 0], first)
+        bias = self.read_bias()
+        total = a[:, :, 0] * first if bias is None else torch.addcmul(bias.unsqueeze(1), a[:, :, 0], first)
         for head, other in enumerate(others, 1):
             total = torch.addcmul(total, a[:, :, head], other)
         return total
+
+    def read_bias(self) -> Tensor | None:
+        """The bias that comes with the read, ``(n, G*u)``."""
+        return self.bias_ih
 
     @abc.abstractmethod
     def forward(self, gates_x: Tensor, state: State) -> State:
@@ -97,13 +101,14 @@ class LSTM(Dynamics):
 
     num_gates = 4
 
+    def read_bias(self) -> Tensor | None:
+        """Both biases: they only ever meet in a sum."""
+        return None if self.bias_ih is None or self.bias_hh is None else self.bias_ih + self.bias_hh
+
     def forward(self, gates_x: Tensor, state: State) -> State:
         h, c = state
-        gates = torch.baddbmm(gates_x, h, self.weight_hh)
-        if self.bias_hh is not None:
-            gates = gates + self.bias_hh.unsqueeze(1)
-        i, f, g, o = gates.chunk(4, dim=-1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        i, f, g, o = torch.baddbmm(gates_x, h, self.weight_hh).chunk(4, dim=-1)
+        c = torch.addcmul(torch.sigmoid(f) * c, torch.sigmoid(i), torch.tanh(g))
         h = torch.sigmoid(o) * torch.tanh(c)
         return (torch.bmm(h, self.weight_hr) if hasattr(self, "weight_hr") else h), c
 

@@ -1,4 +1,6 @@
 // The kernels of one instruction set, in the namespace RIM_ISA: what problem.h declares, by way of step.h.
+#include <new>
+
 #include "step.h"
 
 namespace rim {
@@ -12,6 +14,7 @@ struct Run {
   Weights<T> weights;
   Dense<T>* dense;          // of each unit
   Gradients<T>* gradients;  // of each block
+  Block<T>* collected;      // of each block after backward: what it collected for the gradients of the weights
   char* blocks;             // storage of the blocks, `block_size` each
   int64_t block_size;
 
@@ -30,10 +33,11 @@ struct Run {
       const Gradients<T> of_block(problem, arena);
       if (storage) gradients[b] = of_block;
     }
+    Block<T>* collected = arena.take<Block<T>>(backward ? s.blocks : 0);
     Block<T>(problem, weights, one_block, 0, backward);
     const int64_t size = (one_block.used + 63) / 64 * 64;
     char* blocks = arena.take<char>(size * s.blocks);
-    if (storage) *run = Run{problem, backward, weights, dense, gradients, blocks, size};
+    if (storage) *run = Run{problem, backward, weights, dense, gradients, collected, blocks, size};
     return arena.used;
   }
   static Run& at(void* storage) { return *static_cast<Run*>(storage); }
@@ -49,11 +53,14 @@ struct Run {
   static void backward_(void* storage, int block) {
     Run& run = at(storage);
     Arena arena{run.blocks + block * run.block_size};
-    Block<T>(run.problem, run.weights, arena, block, true).backward(run.gradients[block]);
+    (new (run.collected + block) Block<T>(run.problem, run.weights, arena, block, true))->backward(run.gradients[block]);
   }
   static void finish(void* storage, int task) {
     Run& run = at(storage);
-    rim::RIM_ISA::finish(run.problem, run.gradients, run.dense, task);
+    if (run.problem.s.in_place && task < run.problem.s.n)  // a unit's gradients where they belong, one block after the other
+      for (int b = 0; b < run.problem.s.blocks; ++b) run.collected[b].sum_up_unit(run.gradients[0].unit[task], task, true, b > 0);
+    else
+      rim::RIM_ISA::finish(run.problem, run.gradients, run.dense, task);
   }
 };
 

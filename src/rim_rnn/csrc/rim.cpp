@@ -210,7 +210,6 @@ struct Call {
     int64_t threads = torch::stable::get_num_threads();
     const int64_t worth = int64_t(work / 2e6) + 1;  // a thread should have some ten microseconds to do
     threads = threads < worth ? threads : worth;
-    if (s.in_place && backward) threads = 1;  // which writes the gradients where they belong
     s.blocks = int(threads < s.batch ? threads : s.batch);
   }
 
@@ -311,7 +310,10 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, true);
   const bool alone = s.blocks == 1;
-  parallel(s.n + 1, alone, [&](int64_t task) { run.prepare(at, int(task)); });
+  if (s.in_place)
+    run.prepare(at, s.n);
+  else
+    parallel(s.n + 1, alone, [&](int64_t task) { run.prepare(at, int(task)); });
   parallel(s.blocks, alone, [&](int64_t block) { run.backward(at, int(block)); });
   parallel(s.n, alone, [&](int64_t task) { run.finish(at, int(task)); });
   run.finish(at, s.n);

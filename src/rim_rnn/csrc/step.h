@@ -627,25 +627,26 @@ struct Block {
 
   // The products that panels were filled for, if the next step might not fit, or at the end.
   void sum_up(const Gradients<T>& total, bool end) {
-    const auto into = [&](const Sums<T>& sums_, Panel<T>& panel, const Panel<T>& left) {  // A of `left`, B of `panel`
-      if (!end && panel.rows + most <= panel.capacity) return;
-      for (int i = 0; i < sums_.count; ++i) {
-        const Sum<T>& sum = sums_.sum[i];
-        multiply<T, true>(sum.rows, left.A + sum.row, left.ld_a, in_place(panel.B + sum.col, panel.rows, sum.cols, panel.ld_b), sum.to, sum.ld, panel.begun);
-      }
-      panel.begun = true;
-      panel.rows = 0;
-    };
-    for (int j = 0; j < n; ++j) {
-      const UnitGradients<T>& unit = total.unit[j];
-      into(unit.query, query_panel[j], gates_panel[j]);
-      into(unit.gates, gates_panel[j], gates_panel[j]);
-      into(unit.project, project_panel[j], project_panel[j]);
-      into(unit.talk, talk_panel[j], talk_panel[j]);
-      into(unit.output, output_panel[j], output_panel[j]);
+    for (int j = 0; j < n && !s.in_place; ++j) sum_up_unit(total.unit[j], j, end, false);
+    sum_up(total.key, key_panel, key_panel, end, false);
+    sum_up(total.value, value_panel, value_panel, end, false);
+  }
+  void sum_up_unit(const UnitGradients<T>& total, int j, bool end, bool begun) {
+    sum_up(total.query, query_panel[j], gates_panel[j], end, begun);
+    sum_up(total.gates, gates_panel[j], gates_panel[j], end, begun);
+    sum_up(total.project, project_panel[j], project_panel[j], end, begun);
+    sum_up(total.talk, talk_panel[j], talk_panel[j], end, begun);
+    sum_up(total.output, output_panel[j], output_panel[j], end, begun);
+  }
+  // total = or += A^T B, with A of `left` and B of `panel`.
+  void sum_up(const Sums<T>& total, Panel<T>& panel, const Panel<T>& left, bool end, bool begun) {
+    if (!end && panel.rows + most <= panel.capacity) return;
+    for (int i = 0; i < total.count; ++i) {
+      const Sum<T>& sum = total.sum[i];
+      multiply<T, true>(sum.rows, left.A + sum.row, left.ld_a, in_place(panel.B + sum.col, panel.rows, sum.cols, panel.ld_b), sum.to, sum.ld, begun || panel.begun);
     }
-    into(total.key, key_panel, key_panel);
-    into(total.value, value_panel, value_panel);
+    panel.begun = true;
+    panel.rows = 0;
   }
 
   void backward(const Gradients<T>& total) {

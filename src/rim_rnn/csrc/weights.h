@@ -221,7 +221,7 @@ struct Gradients {
     unit.output = space(arena, s.w(), s.p);
     return unit;
   }
-  // The only block writes the parameters' gradients itself.
+  // Few rows fit the panels, so units may be summed up after the last step, straight into the parameters' gradients.
   static UnitGradients<T> where_they_belong(const Problem<T>& problem, int64_t j) {
     const Sizes& s = problem.s;
     const Parameters<T>& G = problem.grad;
@@ -414,7 +414,6 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
     shared(G.value, G.value_bias, s.fold_value, [](const Gradients<T>& g) { return g.value.sum[0].to; }, [](const Dense<T>& d) { return d.value; }, d_v);
     return;
   }
-  if (s.in_place) return;
   const int64_t j = task;
   Dense<T>& dense = dense_of_units[j];
 
