@@ -75,8 +75,8 @@ const Kernels<T>& kernels() {
 
 constexpr int MOST = INT_MAX / 64;  // of a size: sums of a few are 32-bit integers in the kernels
 
-int narrow(const std::string& name, int64_t size, int64_t most = MOST) {
-  if (size < 1 || size > most) fail(name + " should be from 1 to " + std::to_string(most) + ", got " + std::to_string(size));
+int narrow(const char* name, int64_t size, int64_t most = MOST, const std::string& of = "") {
+  if (size < 1 || size > most) fail(name + of + " should be from 1 to " + std::to_string(most) + ", got " + std::to_string(size));
   return static_cast<int>(size);
 }
 
@@ -97,14 +97,14 @@ struct Arguments {
   bool reverse;
 };
 
-int size_of(const std::string& name, const Tensor& tensor, int64_t dims, int64_t dim, int64_t most = MOST) {
-  if (tensor.dim() != dims) fail(name + " should have " + std::to_string(dims) + " dimensions, got " + std::to_string(tensor.dim()));
-  return narrow(name + ".size(" + std::to_string(dim) + ")", tensor.size(dim), most);
+int size_of(const char* name, const Tensor& tensor, int64_t dims, int64_t dim, int64_t most = MOST) {
+  if (tensor.dim() != dims) fail(std::string(name) + " should have " + std::to_string(dims) + " dimensions, got " + std::to_string(tensor.dim()));
+  return narrow(name, tensor.size(dim), most, ".size(" + std::to_string(dim) + ")");
 }
 
-int divided(const std::string& name, const Tensor& tensor, int64_t dims, int64_t dim, const char* by_name, int by) {
+int divided(const char* name, const Tensor& tensor, int64_t dims, int64_t dim, const char* by_name, int by) {
   const int size = size_of(name, tensor, dims, dim);
-  if (size % by) fail(name + ".size(" + std::to_string(dim) + ")=" + std::to_string(size) + " should be divisible by " + by_name + "=" + std::to_string(by));
+  if (size % by) fail(std::string(name) + ".size(" + std::to_string(dim) + ")=" + std::to_string(size) + " should be divisible by " + by_name + "=" + std::to_string(by));
   return size / by;
 }
 
