@@ -311,24 +311,55 @@ def test_in_place_edits_of_weights_are_seen() -> None:
     torch.testing.assert_close(after, cell.scan(x, state)[0], rtol=1e-12, atol=1e-13)
 
 
+def test_a_weight_edited_between_forward_and_backward_is_an_error() -> None:
+    """Any of them, and the input and states: torch's own error, as its layers give it."""
+    for cell in (make(proj_size=8), make(rnn_cell="GRU")):
+        x, state = torch.randn(2, 2, 5, dtype=torch.float64), states(cell, 2)
+        for tensor in (x, *state, *cell.parameters()):
+            output = native.scan(cell, x, state)[0]
+            with torch.no_grad():
+                tensor.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                output.sum().backward()
+
+
+@pytest.mark.parametrize(("forward", "backward"), [(1, 3), (3, 1), (2, 4)])
+def test_the_number_of_threads_may_change_before_backward(forward: int, backward: int) -> None:
+    cell = make(input_size=16, hidden_size=192, num_units=4)
+    x, state = torch.randn(6, 30, 16, dtype=torch.float64), states(cell, 30)
+    expected = torch.autograd.grad(native.scan(cell, x, state)[0].square().sum(), list(cell.parameters()))
+    try:
+        torch.set_num_threads(forward)
+        loss = native.scan(cell, x, state)[0].square().sum()
+        torch.set_num_threads(backward)
+        gradients = torch.autograd.grad(loss, list(cell.parameters()))
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-12)
+
+
 def _run_in_child(queue: Any, cell: RIMCell[Any], x: Tensor, state: tuple[Tensor, ...]) -> None:
-    with torch.no_grad():
-        queue.put(native.scan(cell, x, state)[0].numpy())
+    torch.set_num_threads(1)
+    output = native.scan(cell, x, state)[0]
+    queue.put((output.detach().numpy(), torch.autograd.grad(output.sum(), cell.dynamics.weight_hh)[0].numpy()))
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_after_fork() -> None:
-    cell = make(hidden_size=96)
+def test_in_another_process(method: str) -> None:
+    """Forward and backward, from a cell in shared memory."""
+    cell = make(hidden_size=96).share_memory()
     x, state = torch.randn(6, 12, 5, dtype=torch.float64), states(cell, 12)
-    expected = native.scan(cell, x, state)[0]
-    context = multiprocessing.get_context("fork")
+    output = native.scan(cell, x, state)[0]
+    gradient = torch.autograd.grad(output.sum(), cell.dynamics.weight_hh)[0]
+    context = multiprocessing.get_context(method)
     queue = context.SimpleQueue()
     child = context.Process(target=_run_in_child, args=(queue, cell, x, state))
     child.start()
-    got = queue.get()
+    got = [torch.from_numpy(part) for part in queue.get()]
     child.join()
-    assert torch.equal(torch.from_numpy(got), expected)
+    assert torch.equal(got[0], output)
+    assert torch.equal(got[1], gradient)
 
 
 ULPS = """
