@@ -161,6 +161,11 @@ ABLATIONS = [
         ((PLAN, "s.in_place = s.total <= 64 &&", "s.in_place = s.total <= 0 &&"),),
     ),
     Ablation(
+        "all threads in the backward pass of few rows",
+        ("act16",),
+        ((PLAN, "s.blocks = int(threads <", "if (s.in_place && backward) threads = 1;\n    s.blocks = int(threads <"),),
+    ),
+    Ablation(
         "dot products of four rows at a time in the backward pass of few rows",
         ("act16",),
         ((GEMM, "for (; rows >= 4;", "for (; rows >= INT32_MAX;"),),
@@ -203,13 +208,43 @@ ABLATIONS = [
         group="readable",
     ),
     Ablation(
+        "all heads' part of `x` in the gates as one product, its bias within",
+        ("paper", "small"),
+        (
+            (
+                DYNAMICS,
+                "F.linear(x, weight.transpose(1, 2).reshape(-1, value.in_features), bias)",
+                "(x @ weight + bias.view(heads, 1, -1)).transpose(0, 1)",
+            ),
+        ),
+        group="readable",
+    ),
+    Ablation(
+        "both biases of an LSTM added with the read",
+        ("paper", "small"),
+        (
+            (DYNAMICS, "else self.bias_ih + self.bias_hh", "else self.bias_ih"),
+            (
+                DYNAMICS,
+                "torch.baddbmm(gates_x, h, self.weight_hh).chunk(4, dim=-1)",
+                "(torch.baddbmm(gates_x, h, self.weight_hh) + self.bias_hh.unsqueeze(1)).chunk(4, dim=-1)",
+            ),
+        ),
+        group="readable",
+    ),
+    Ablation(
         "one product for queries, keys and values",
         ("paper", "small"),
         (
             (
                 COMMUNICATION,
-                "torch.split(torch.bmm(h, weight), sizes, dim=-1)",
-                "[layer(h) for layer in (self.query, self.key, self.value)]",
+                "projected = torch.bmm(h, weight).view(n, batch, heads, -1).permute(1, 2, 0, 3).reshape(batch * heads, n, -1)\n"
+                "        query, key, value = torch.split(projected, [d, d, self.value_size], dim=-1)",
+                "query, key, value = (\n"
+                "            layer(h).view(n, batch, heads, -1).permute(1, 2, 0, 3).reshape(batch * heads, n, -1)\n"
+                "            for layer in (self.query, self.key, self.value)\n"
+                "        )\n"
+                "        query = query / math.sqrt(d)",
             ),
         ),
         group="readable",
