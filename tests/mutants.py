@@ -79,14 +79,14 @@ MUTANTS = [
     Mutant(
         "the value's bias is lost where W^v W_ih is multiplied out",
         DYNAMICS,
-        "projected = projected + value.bias",
-        "projected + value.bias",
+        "(value.bias.view(heads, 1, -1) @ weight_ih).flatten()",
+        "None",
     ),
     Mutant(
         "the value's bias is lost where it is not",
         DYNAMICS,
-        "projected = value(x).view(",
-        "projected = (x @ value.weight.t()).view(",
+        "values: Tensor = value(x).view(",
+        "values: Tensor = (x @ value.weight.t()).view(",
     ),
     # Dropout
     Mutant(
@@ -178,12 +178,9 @@ MUTANTS = [
         "h, *c = self.dynamics.keep_losers(active, new, state)",
         "h, *c = (*self.dynamics.keep_losers(active, new[:1], state[:1]), *new[1:])",
     ),
-    Mutant(
-        "LSTM gates i and f swapped", DYNAMICS, "i, f, g, o = gates.chunk(4, dim=-1)", "f, i, g, o = gates.chunk(4, dim=-1)"
-    ),
-    Mutant(
-        "LSTM gates g and o swapped", DYNAMICS, "i, f, g, o = gates.chunk(4, dim=-1)", "i, f, o, g = gates.chunk(4, dim=-1)"
-    ),
+    Mutant("LSTM gates i and f swapped", DYNAMICS, "i, f, g, o = torch.baddbmm", "f, i, g, o = torch.baddbmm"),
+    Mutant("LSTM gates g and o swapped", DYNAMICS, "i, f, g, o = torch.baddbmm", "i, f, o, g = torch.baddbmm"),
+    Mutant("LSTM without its second bias", DYNAMICS, "else self.bias_ih + self.bias_hh", "else self.bias_ih"),
     Mutant("LSTM output without tanh", DYNAMICS, "torch.sigmoid(o) * torch.tanh(c)", "torch.sigmoid(o) * c"),
     Mutant("GRU gate z the other way round", DYNAMICS, "((1 - z) * n + z * h,)", "(z * n + (1 - z) * h,)"),
     Mutant("GRU gates r and z swapped", DYNAMICS, "r, z = torch.sigmoid", "z, r = torch.sigmoid"),
@@ -204,20 +201,20 @@ MUTANTS = [
     Mutant(
         "winners read winners only",
         COMMUNICATION,
-        "attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)) / math.sqrt(d), dim=-1)",
+        "attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)",
         "readable = active.t().repeat_interleave(heads, 0).unsqueeze(1)\n"
-        "        attention = torch.bmm(query, key.transpose(1, 2)) / math.sqrt(d)\n"
+        "        attention = torch.bmm(query, key.transpose(1, 2))\n"
         '        attention = torch.softmax(attention.masked_fill(~readable, float("-inf")), dim=-1)',
     ),
     Mutant(
         "a unit does not read itself",
         COMMUNICATION,
-        "attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)) / math.sqrt(d), dim=-1)",
-        "attention = torch.bmm(query, key.transpose(1, 2)) / math.sqrt(d)\n"
+        "attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)",
+        "attention = torch.bmm(query, key.transpose(1, 2))\n"
         "        attention = torch.softmax(attention - 1e9 * torch.eye(n, dtype=h.dtype), dim=-1)",
     ),
-    Mutant("communication scores without 1/sqrt(d)", COMMUNICATION, "/ math.sqrt(d), dim=-1)", ", dim=-1)"),
-    Mutant("softmax over the readers", COMMUNICATION, "/ math.sqrt(d), dim=-1)", "/ math.sqrt(d), dim=1)"),
+    Mutant("communication scores without 1/sqrt(d)", COMMUNICATION, "query / math.sqrt(self.key_size), key", "query, key"),
+    Mutant("softmax over the readers", COMMUNICATION, "key.transpose(1, 2)), dim=-1)", "key.transpose(1, 2)), dim=1)"),
     Mutant(
         "queries and keys swapped",
         COMMUNICATION,

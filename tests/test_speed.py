@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import timeit
@@ -375,8 +376,20 @@ def test_resume_ablates_what_is_missing(ablate: Any, monkeypatch: pytest.MonkeyP
     assert ablate(second, first, resume=True)["ablations"]["first"]["run"] != before["first"]["run"]
 
 
+def test_a_case_has_a_process_of_its_own_that_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in measure.KEEPS_MEMORY:
+        monkeypatch.setenv(name, "")
+    args = measure.arguments(["--rounds", "1", "--threads", "1"])
+    args.path, args.least = "readable", 0.0
+    case = cases.shrink(cases.CASES["act"])
+    found, expected = measure.apart("cases", case, args), measure.here("cases", case, args)
+    assert found.keys() == expected.keys()
+    assert found["flops"] == expected["flops"]
+    assert os.environ.items() >= measure.KEEPS_MEMORY.items()
+
+
 def test_an_ablation_has_to_compute_the_same(ablate: Any) -> None:
-    cheat = ONE_PRODUCT._replace(edits=(("communication.py", "/ math.sqrt(d)", "/ d"),))
+    cheat = ONE_PRODUCT._replace(edits=(("communication.py", "/ math.sqrt(self.key_size)", "/ self.key_size"),))
     with pytest.raises(RuntimeError, match=r"one product .*: paper does not compute the same without it"):
         ablate(cheat)
 

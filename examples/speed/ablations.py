@@ -161,7 +161,7 @@ ABLATIONS = [
         ((PLAN, "s.in_place = s.total <= 64 &&", "s.in_place = s.total <= 0 &&"),),
     ),
     Ablation(
-        "all threads in the backward pass of few rows",
+        "few rows divided among all cores in the backward pass",
         ("act16",),
         ((PLAN, "s.blocks = int(threads <", "if (s.in_place && backward) threads = 1;\n    s.blocks = int(threads <"),),
     ),
@@ -364,7 +364,7 @@ def compare(ablation: Ablation, copies: dict[str, Path], args: argparse.Namespac
     base = {"OMP_NUM_THREADS": str(args.threads), "RIM_RNN_ISA": "", "RIM_RNN_NATIVE": "01"[ablation.group != "readable"]}
     workers = {}
     for side, (folder, environment) in sides.items():
-        variables = os.environ | base | dict(environment) | {"PYTHONPATH": str(folder / "src")}
+        variables = os.environ | measure.KEEPS_MEMORY | base | dict(environment) | {"PYTHONPATH": str(folder / "src")}
         command = [sys.executable, str(HERE / "worker.py")]
         workers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
     cases: dict[str, Any] = {}

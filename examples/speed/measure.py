@@ -13,6 +13,8 @@ calls    the same for one step of the sizes of act, of almost nothing and as its
 memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
 rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
 
+Each has a process of its own, in which the C library keeps the memory it has.
+
 Measure on a machine that does nothing else. After every measurement native.json (or readable.json, for that path of ours)
 in the folder --out is replaced, and what was there of other sections and cases stays; at the end the pictures are drawn.
 """
@@ -22,6 +24,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import platform
 import runpy
@@ -29,6 +32,7 @@ import subprocess
 import sys
 import timeit
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,11 +148,12 @@ def compare_memory(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Peak memory of a training step of RIM and of torch's layer, in bytes."""
     sizes = json.dumps(dataclasses.asdict(case))
     command = [sys.executable, str(HERE / "peak.py")]
+    as_users_have_it = {name: value for name, value in os.environ.items() if name not in KEEPS_MEMORY}
     return {
         "case": dataclasses.asdict(case),
         "sizes": str(case),
         "bytes": {
-            name: int(subprocess.check_output([*command, name, sizes, str(args.threads)], text=True))
+            name: int(subprocess.check_output([*command, name, sizes, str(args.threads)], text=True, env=as_users_have_it))
             for name in ("RIM", "torch")
         },
     }
@@ -191,6 +196,25 @@ def compare_rival(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 MEASURES = {"cases": compare, "scaling": compare, "calls": compare, "memory": compare_memory, "rival": compare_rival}
+
+
+def here(section: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement in this process, on the threads and the path asked for."""
+    torch.set_num_threads(args.threads)
+    with native.readable() if args.path == "readable" else contextlib.nullcontext():
+        return MEASURES[section](case, args)
+
+
+KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_MAX_": "0"}
+"""The environment in which glibc keeps the memory it has. Else calls of some sizes give it back and fetch it again each time,
+which takes longer than what is to be measured, or not, by the luck of where things lie."""
+
+
+def apart(section: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement of time in a process of its own, for the cases before leave their traces in one that is shared."""
+    os.environ.update(KEEPS_MEMORY)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(here, section, case, args).result()
 
 
 def points() -> dict[str, dict[str, Case]]:
@@ -295,12 +319,10 @@ def main(argv: list[str] | None = None) -> None:
     args.path = choose_path(args.path)
     args.least = 0.0 if args.smoke else 0.05
     args.rounds = 1 if args.smoke else args.rounds
-    torch.set_num_threads(args.threads)
 
     path = args.out / f"{args.path}.json"
     document = begin(path, setup(args))
-    with native.readable() if args.path == "readable" else contextlib.nullcontext():
-        run(args, path, document)
+    run(args, path, document)
 
 
 def run(args: argparse.Namespace, path: Path, document: dict[str, Any]) -> None:
@@ -317,7 +339,10 @@ def run(args: argparse.Namespace, path: Path, document: dict[str, Any]) -> None:
                 continue
             if args.resume and name in entries and document["runs"][entries[name]["run"]]["commit"] == about["commit"]:
                 continue
-            entries[name] = {"run": now, **MEASURES[section](shrink(case) if args.smoke else case, args)}
+            entries[name] = {
+                "run": now,
+                **(here(section, shrink(case), args) if args.smoke or section == "memory" else apart(section, case, args)),
+            }
             document[section] = {known: entries[known] for known in points()[section] if known in entries}
             write(path, document)
             print(f"{section} {name}: {show.line(entries[name])}", flush=True)

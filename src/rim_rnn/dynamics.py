@@ -72,7 +72,8 @@ class Dynamics(nn.Module, abc.ABC):
             bias = None if value.bias is None else (value.bias.view(heads, 1, -1) @ weight_ih).flatten()
             projected = F.linear(x, weight.transpose(1, 2).reshape(-1, value.in_features), bias)
             return projected.view(-1, heads, n, gates).transpose(0, 1)
-        return (value(x).view(-1, heads, weight_ih.size(1)).transpose(0, 1) @ weight_ih).view(heads, -1, n, gates)
+        values: Tensor = value(x).view(-1, heads, weight_ih.size(1)).transpose(0, 1)
+        return (values @ weight_ih).view(heads, -1, n, gates)
 
     def read(self, a_input: Tensor, gates: Tensor) -> Tensor:
         """``sum over heads of a_input * (value W_ih)  + bias``: ``(n, N, H)``, ``(H, N, n, G*u)`` -> ``(n, N, G*u)``."""
