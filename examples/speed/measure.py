@@ -13,7 +13,7 @@ calls    the same for one step of the sizes of act, of almost nothing and as its
 memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
 rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
 
-Each has a process of its own, in which the C library keeps the memory it has.
+Each has a process of its own, for the ones before leave their traces in one that is shared.
 
 Measure on a machine that does nothing else. After every measurement native.json (or readable.json, for that path of ours)
 in the folder --out is replaced, and what was there of other sections and cases stays; at the end the pictures are drawn.
@@ -60,6 +60,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rival", type=Path, help="a clone of dido1998/Recurrent-Independent-Mechanisms")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON; default: results")
     parser.add_argument("--resume", action="store_true", help="leave out what the JSON already holds of this commit")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="let glibc keep the memory it has, so that none is fetched again"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing repeated: shows that everything runs")
     args = parser.parse_args(argv)
     if unknown := set(args.sections) - set(SECTIONS):
@@ -206,13 +209,14 @@ def here(section: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_MAX_": "0"}
-"""The environment in which glibc keeps the memory it has. Else calls of some sizes give it back and fetch it again each time,
-which takes longer than what is to be measured, or not, by the luck of where things lie."""
+"""The environment in which glibc keeps the memory it has. Else it gives large pieces back and fetches them again: page faults,
+which cost small calls as much as their arithmetic, or not, by the luck of where things lie."""
 
 
 def apart(section: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """One measurement of time in a process of its own, for the cases before leave their traces in one that is shared."""
-    os.environ.update(KEEPS_MEMORY)
+    if args.keep_memory:
+        os.environ.update(KEEPS_MEMORY)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(here, section, case, args).result()
 
@@ -279,6 +283,7 @@ def setup(args: argparse.Namespace) -> dict[str, Any]:
 def command(args: argparse.Namespace) -> str:
     """The command as a reader would give it again."""
     words = ["python examples/speed/measure.py", *args.sections, f"--rounds {args.rounds} --path {args.path}"]
+    words += ["--keep-memory"] * args.keep_memory
     words += [f"--cases {' '.join(args.cases)}"] * (args.cases != list(CASES)) + ["--rival PATH"] * bool(args.rival)
     return " ".join(words)
 
