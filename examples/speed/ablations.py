@@ -238,8 +238,8 @@ ABLATIONS = [
         (
             (
                 COMMUNICATION,
-                "projected = torch.bmm(h, weight).view(n, batch, heads, -1).permute(1, 2, 0, 3).reshape(batch * heads, n, -1)\n"
-                "        query, key, value = torch.split(projected, [d, d, self.value_size], dim=-1)",
+                "projected = torch.bmm(h, weight).view(n, batch, heads, sum(sizes)).permute(1, 2, 0, 3)\n"
+                "        query, key, value = torch.split(projected.reshape(batch * heads, n, sum(sizes)), sizes, dim=-1)",
                 "query, key, value = (\n"
                 "            layer(h).view(n, batch, heads, -1).permute(1, 2, 0, 3).reshape(batch * heads, n, -1)\n"
                 "            for layer in (self.query, self.key, self.value)\n"

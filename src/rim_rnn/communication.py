@@ -83,11 +83,12 @@ class Communication(nn.Module):
         heads, d = self.num_heads, self.key_size
         # One small attention per row and head. As 3-D products: torch.compile takes 4-D ones with this order of axes for
         # another layout and returns wrong numbers (torch 2.13, inductor on a CPU).
-        projected = torch.bmm(h, weight).view(n, batch, heads, -1).permute(1, 2, 0, 3).reshape(batch * heads, n, -1)
-        query, key, value = torch.split(projected, [d, d, self.value_size], dim=-1)
+        sizes = [d, d, self.value_size]
+        projected = torch.bmm(h, weight).view(n, batch, heads, sum(sizes)).permute(1, 2, 0, 3)
+        query, key, value = torch.split(projected.reshape(batch * heads, n, sum(sizes)), sizes, dim=-1)
         attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)
         dropped = attention if keep is None else attention * keep.reshape(attention.shape)
         context = torch.bmm(dropped, value)
-        context = context.view(batch, heads, n, self.value_size).permute(2, 0, 1, 3).reshape(n, batch, -1)
+        context = context.view(batch, heads, n, self.value_size).permute(2, 0, 1, 3).reshape(n, batch, heads * self.value_size)
         attention = attention.view(batch, heads, n, n)
         return torch.where(active.unsqueeze(-1), h + self.output(context), h), attention
