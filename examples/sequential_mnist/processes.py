@@ -50,4 +50,5 @@ class Processes:
 
     def close(self) -> None:
         if self.count > 1:
+            distributed.barrier()  # one that leaves while others still talk may abort at its end
             distributed.destroy_process_group()
