@@ -9,7 +9,7 @@ from typing_extensions import TypedDict, TypeVar, Unpack, override
 
 from rim_rnn import native, opaque
 from rim_rnn.communication import Communication
-from rim_rnn.dynamics import GRU, LSTM, State
+from rim_rnn.dynamics import GRU, LSTM, Dynamics, State
 from rim_rnn.input_attention import InputAttention, compete
 from rim_rnn.recording import Trace
 from rim_rnn.units import (
@@ -252,12 +252,20 @@ class RIMCell(nn.Module, Generic[StateT]):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for stage in (self.input_attention, self.dynamics, self.communication):
+        for stage in self.stages():
             stage.reset_parameters()
+
+    def stages(self) -> tuple[InputAttention, Dynamics, Communication]:
+        """The modules of section 2 in its order, found at once: an attribute of a module is looked for in three places."""
+        stages: Any = self._modules
+        return stages["input_attention"], stages["dynamics"], stages["communication"]
 
     def draw(self, x: Tensor) -> Keep:
         """Dropout's draws, for one step or for all at once: ``x`` is ``(..., input_size)``, ``M`` rows in all."""
-        return (self.input_attention.draw(x), self.communication.draw(x)) if self.training else (None, None)
+        if not self.training:
+            return None, None
+        input_attention, _, communication = self.stages()
+        return input_attention.draw(x), communication.draw(x)
 
     def project(self, x: Tensor, keep: Keep) -> Projected:
         """What does not depend on the state, for one step or for all at once: ``x`` is ``(M, input_size)``."""
@@ -265,17 +273,18 @@ class RIMCell(nn.Module, Generic[StateT]):
 
     def step(self, projected: Projected, state: State, comm_weight: Tensor | None) -> tuple[State, Trace]:
         """One step of section 2, on unit-major states ``(n, N, ...)``."""
+        input_attention, dynamics, communication = self.stages()
         # Input attention, equation 2: every unit bids for the input.
-        score = self.input_attention.bid(state[0], projected.key)
-        a_input = self.input_attention.attend(score)
+        score = input_attention.bid(state[0], projected.key)
+        a_input = input_attention.attend(score)
         # Competition: the k highest bids win.
         active = compete(score, self.k)
         # Independent dynamics, equation 4: winners only.
-        gates = self.dynamics.read(self.input_attention.drop(a_input, projected.keep_input), projected.gates)
-        new = self.dynamics(gates, state)
-        h, *c = self.dynamics.keep_losers(active, new, state)
+        gates = dynamics.read(input_attention.drop(a_input, projected.keep_input), projected.gates)
+        new = dynamics(gates, state)
+        h, *c = dynamics.keep_losers(active, new, state)
         # Communication, equations 5 and 6: winners read every unit.
-        h, attention = self.communication(h, active, comm_weight, projected.keep_comm)
+        h, attention = communication(h, active, comm_weight, projected.keep_comm)
         return (h, *c), Trace(active, a_input, attention)
 
     def scan(

@@ -305,7 +305,8 @@ class RIM(nn.Module, Generic[StateT]):
         return "native" if reason is None else f"readable: {reason}"
 
     def _cells(self) -> list[RIMCell[Any]]:
-        return cast("list[RIMCell[Any]]", list(self.cells))
+        cells: Any = self._modules["cells"]  # found at once, as RIMCell.stages
+        return list(cells)
 
     def _check_input(self, input: object, weight: Tensor) -> None:
         """What :class:`torch.nn.LSTM` demands of its input, in its words."""
@@ -351,7 +352,7 @@ class RIM(nn.Module, Generic[StateT]):
     def forward(self, input: Tensor | PackedSequence, hx: StateT | None = None) -> tuple[Tensor | PackedSequence, StateT]:
         """All steps of all layers and directions, on the inputs described above."""
         cells = self._cells()
-        weight = cells[0].dynamics.weight_hh
+        weight = cells[0].stages()[1].weight_hh
         self._check_input(input, weight)
         batch_sizes = sorted_indices = unsorted_indices = None
         batched = True
@@ -393,7 +394,7 @@ class RIM(nn.Module, Generic[StateT]):
         for records in self._recorders:
             records.append(assemble(traces, unsorted_indices, batched))
 
-        state = tuple(s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*last, strict=True))
+        state = tuple([s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*last, strict=True)])
         if self.mode == "GRU" and x.requires_grad and not self.bidirectional:
             x = x.clone()  # users of nn.GRU may change its output in place; the native operator keeps its own for backward
         if autocast_dtype(x.device):

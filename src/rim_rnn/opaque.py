@@ -24,21 +24,19 @@ State = tuple[Tensor, ...]
 UNROLLED = 16
 """Up to so many steps torch.compile sees each of them and fuses what it finds, which takes its time for every one."""
 
-PARTS: tuple[tuple[str, str | None, tuple[type[nn.Module], ...], tuple[str, ...]], ...] = (
-    ("input_attention", None, (InputAttention,), ()),
-    ("input_attention", "query", (UnitLinear,), ("weight", "bias")),
-    ("input_attention", "key", (nn.Linear,), ("weight", "bias")),
-    ("input_attention", "value", (nn.Linear,), ("weight", "bias")),
-    ("dynamics", None, (LSTM, GRU), ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
-    ("communication", None, (Communication,), ()),
-    ("communication", "query", (UnitLinear,), ("weight",)),
-    ("communication", "key", (UnitLinear,), ("weight",)),
-    ("communication", "value", (UnitLinear,), ("weight",)),
-    ("communication", "output", (UnitLinear,), ("weight",)),
-)
-"""A cell's modules, what they have to be, and their parameters in the order of the operators' schema."""
+KINDS = {
+    (InputAttention, UnitLinear, nn.Linear, nn.Linear, dynamics, Communication, *talking)
+    for dynamics in (LSTM, GRU)
+    for talking in ((), (UnitLinear,) * 4)
+}
+"""What a cell's modules have to be: the stages in their order, each followed by its own."""
 
-PARAMETERS = tuple(".".join(filter(None, (stage, part, name))) for stage, part, _, names in PARTS for name in names)
+PARAMETERS = (
+    *(f"input_attention.{part}.{name}" for part in ("query", "key", "value") for name in ("weight", "bias")),
+    *(f"dynamics.{name}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
+    *(f"communication.{part}.weight" for part in ("query", "key", "value", "output")),
+)
+"""A cell's parameters in the order of the operators' schema."""
 
 NUM_TENSORS = 3 + len(PARAMETERS) + 2
 """input, h, c, the parameters, and what dropout drew: the tensors of the schema, before the sizes."""
@@ -59,18 +57,26 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
         return "torch.export: the graph stays portable"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
         return "a global module hook is registered"
-    parameters: list[Tensor | None] = []
-    stages = cell._modules
-    for stage, part, kinds, names in PARTS:
-        module = stages[stage] if part is None else stages[stage]._modules.get(part)
-        if module is None:
-            parameters.extend([None] * len(names))
-            continue
-        if type(module) not in kinds:
-            return f"{stage} holds a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"a hook is registered in {stage}"
-        parameters.extend(map(module._parameters.get, names))
+    try:
+        attention, dynamics, communication = cell.stages()
+        parts, talk = attention._modules, communication._modules
+        reading = parts["query"], parts["key"], parts["value"]
+        talking = (talk["query"], talk["key"], talk["value"], talk["output"]) if communication.num_heads else ()
+        modules = (attention, *reading, dynamics, communication, *talking)
+        kinds = tuple(map(type, modules))
+        if kinds not in KINDS:
+            return f"its modules are not what they were: {', '.join(kind.__name__ for kind in kinds)}"
+        for module in modules:
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+                return f"a hook is registered in a {type(module).__name__}"
+        gates = dynamics._parameters
+        parameters: list[Tensor | None] = [
+            *[module._parameters[name] for module in reading for name in ("weight", "bias")],
+            *(gates["weight_ih"], gates["weight_hh"], gates["bias_ih"], gates["bias_hh"], gates.get("weight_hr")),
+            *([module._parameters["weight"] for module in talking] or (None,) * 4),
+        ]
+    except KeyError:  # something was put in its place, as pruning does
+        return "a parameter is not where the cell keeps it"
     absent, dtype, on_cpu = 0, input.dtype, input.is_cpu
     for tensor in (input, *state, *parameters):
         if tensor is None:
@@ -80,8 +86,7 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu:
             return "the tensors differ in dtype or device"
-    # One that the cell should have is absent where something was put in its place, as pruning does.
-    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if stages["communication"].num_heads else 4):
+    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if talking else 4):
         return "a parameter is not where the cell keeps it"
     return parameters
 
@@ -106,8 +111,8 @@ def scan(
 
 def sizes_of(cell: Any, batch_sizes: Sequence[int] | None, reverse: bool) -> tuple[Any, ...]:
     """The rest of the schema: what the shapes of the tensors do not tell."""
-    stages = cell._modules
-    return list(batch_sizes or ()), cell.k, stages["input_attention"].num_heads, stages["communication"].num_heads, reverse
+    input_attention, _, communication = cell.stages()
+    return list(batch_sizes or ()), cell.k, input_attention.num_heads, communication.num_heads, reverse
 
 
 class _Scan(nn.Module):

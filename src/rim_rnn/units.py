@@ -105,11 +105,10 @@ def check_query_size(which: str, query_size: int | None, key_size: int) -> None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast uses on ``device``, or ``None`` where it is off."""
+    kind = device.type
     # torch.compile of torch 2.10 can not look inside is_autocast_available.
-    known = device.type != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(device.type)
-    if known and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    known = kind == "cpu" or (kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind))
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
 
 
 def check_alike(name: str, tensor: Tensor, weight: Tensor) -> Tensor:

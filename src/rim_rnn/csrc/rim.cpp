@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
 #include <cstdlib>
@@ -23,7 +24,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-std::string shape_of(const std::vector<int64_t>& shape) {
+using Shape = std::vector<int64_t>;
+
+template <class Sizes>
+std::string shape_of(const Sizes& shape) {
   std::string text = "(";
   for (size_t d = 0; d < shape.size(); ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
   return text + (shape.size() == 1 ? ",)" : ")");
@@ -35,7 +39,7 @@ std::string shape_of(const std::vector<int64_t>& shape) {
 template <class T>
 class Input {
  public:
-  Input(const char* name, const Optional& tensor, const std::vector<int64_t>& shape, bool present = true) {
+  Input(const char* name, const Optional& tensor, const Shape& shape, bool present = true) {
     if (!present) {
       if (tensor) fail(std::string(name) + " should be None for this cell");
       return;
@@ -44,15 +48,17 @@ class Input {
     const ScalarType expected = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
     if (!tensor->is_cpu()) fail(std::string(name) + " should be on the CPU");
     if (tensor->scalar_type() != expected) fail(std::string(name) + " should have the dtype of input");
-    const auto sizes = tensor->sizes();
-    const std::vector<int64_t> got(sizes.begin(), sizes.end());
-    if (got != shape) fail(std::string(name) + " should have shape " + shape_of(shape) + ", got " + shape_of(got));
-    tensor_ = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
+    const auto got = tensor->sizes();
+    if (!std::equal(got.begin(), got.end(), shape.begin(), shape.end()))
+      fail(std::string(name) + " should have shape " + shape_of(shape) + ", got " + shape_of(got));
+    if (!tensor->is_contiguous()) copy_ = torch::stable::contiguous(*tensor);
+    data_ = static_cast<const T*>((copy_ ? *copy_ : *tensor).const_data_ptr());
   }
-  operator const T*() const { return tensor_ ? static_cast<const T*>(tensor_->const_data_ptr()) : nullptr; }
+  operator const T*() const { return data_; }
 
  private:
-  Optional tensor_;
+  const T* data_ = nullptr;
+  Optional copy_;
 };
 
 // The instruction set: the best that the processor has, or what RIM_RNN_ISA names, if it has that.
@@ -115,7 +121,7 @@ struct Call {
   std::vector<int64_t> batch_sizes, offsets;
   std::vector<Input<T>> inputs;  // keep copies of strided tensors alive
   Sizes& s = problem.s;
-  std::vector<int64_t> output_shape;
+  Shape output_shape;
 
   explicit Call(const Arguments& a, bool backward) {
     const bool packed = !a.batch_sizes.empty();
@@ -159,11 +165,10 @@ struct Call {
     const int64_t n = s.n, p = s.p, u = s.u, d_q = int64_t(s.heads) * s.key, d_v = int64_t(s.heads) * s.value, gates = s.weight_gates();
     const bool comm = s.comm_heads > 0;
     inputs.reserve(20);
-    const auto take = [&](const char* name, const Optional& tensor, std::vector<int64_t> shape, bool present = true) -> const T* {
-      inputs.emplace_back(name, tensor, shape, present);
-      return inputs.back();
+    const auto take = [&](const char* name, const Optional& tensor, const Shape& shape, bool present = true) -> const T* {
+      return inputs.emplace_back(name, tensor, shape, present);
     };
-    problem.input = take("input", a.input, packed ? std::vector<int64_t>{s.total, s.input} : std::vector<int64_t>{s.steps, s.batch, s.input});
+    problem.input = take("input", a.input, packed ? Shape{s.total, s.input} : Shape{s.steps, s.batch, s.input});
     problem.h = take("h_0", a.h, {s.batch, n * p});
     problem.c = take("c_0", a.c, {s.batch, n * u}, s.lstm);
     Parameters<const T>& w = problem.weight;
@@ -189,7 +194,7 @@ struct Call {
     if (double(s.total) * s.k * (s.heads + 5.0 * u + p + double(s.comm_heads) * n) > 1e18) fail("the rows of all steps are too many for backward to keep");
     s.input_scale = 1 / std::sqrt(double(s.key));
     s.comm_scale = comm ? 1 / std::sqrt(double(s.comm_key)) : 0;
-    output_shape = packed ? std::vector<int64_t>{s.total, n * p} : std::vector<int64_t>{s.steps, s.batch, n * p};
+    output_shape = packed ? Shape{s.total, n * p} : Shape{s.steps, s.batch, n * p};
     plan(backward);
   }
 
@@ -228,9 +233,17 @@ void parallel(int64_t tasks, bool alone, const F& task) {
   });
 }
 
-Tensor empty(std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::empty({shape.data(), shape.size()}, type);
+// Contiguous memory on the CPU. Straight from the C functions of the ABI: torch::stable::empty looks its operator up by name.
+template <class Sizes>
+Tensor empty(const Sizes& shape, ScalarType type) {
+  int64_t strides[3], stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
+Tensor empty(const Shape& shape, ScalarType type) { return empty<Shape>(shape, type); }
 
 template <class T>
 T* data(const Tensor& tensor) {
@@ -275,7 +288,7 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   const Input<T> given_c("grad_c_n", grad_c, {s.batch, int64_t(s.n) * s.u}, s.lstm && grad_c.has_value());
   const Input<T> result("output", output, call.output_shape), kept("saved", saved, {Saved<T>::size(s)});
   if (winners.dim() != 2 || winners.size(0) != s.total || winners.size(1) != s.k || winners.scalar_type() != ScalarType::Int || !winners.is_contiguous())
-    fail("winners should be a contiguous int32 tensor of shape " + shape_of({s.total, s.k}));
+    fail("winners should be a contiguous int32 tensor of shape " + shape_of(Shape{s.total, s.k}));
   const int32_t* won = static_cast<const int32_t*>(winners.const_data_ptr());
   for (int64_t i = 0; i < s.total * s.k; ++i) {
     const int32_t least = i % s.k ? won[i - 1] + 1 : 0;
@@ -289,8 +302,7 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   std::vector<Tensor> grads;
   const auto like = [&](const Optional& tensor) -> T* {
     if (!tensor) return nullptr;
-    const auto sizes = tensor->sizes();
-    grads.push_back(torch::stable::empty(sizes, type));
+    grads.push_back(empty(tensor->sizes(), type));
     return data<T>(grads.back());
   };
   const Optional nothing;
