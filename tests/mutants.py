@@ -54,10 +54,10 @@ MUTANTS = [
     Mutant(
         "the null row's value goes through the biased projection",
         CELL,
-        "new = self.dynamics(gates, state)",
-        "null = self.dynamics.project(projected.gates.new_zeros(1, self.input_size), self.input_attention.value)\n"
+        "new = dynamics(gates, state)",
+        "null = dynamics.project(projected.gates.new_zeros(1, self.input_size), input_attention.value)\n"
         "        null = ((1 - a_input).permute(2, 1, 0).unsqueeze(-1) * null).sum(0).transpose(0, 1)\n"
-        "        new = self.dynamics(gates + null.to(gates.dtype), state)",
+        "        new = dynamics(gates + null.to(gates.dtype), state)",
     ),
     Mutant("input scores without 1/sqrt(d)", ATTENTION, "bias) / math.sqrt(self.key_size)", "bias)"),
     Mutant(
@@ -95,7 +95,7 @@ MUTANTS = [
         "return a_input if keep is None else a_input * keep.transpose(0, 1)",
         "return a_input if keep is None else a_input * keep.transpose(0, 1) * (1 - self.dropout)",
     ),
-    Mutant("the attentions' dropouts in eval mode", CELL, "if self.training else (None, None)", "if True else (None, None)"),
+    Mutant("the attentions' dropouts in eval mode", CELL, "if not self.training:", "if False:"),
     Mutant(
         "one draw of input dropout for all units",
         ATTENTION,
@@ -106,7 +106,7 @@ MUTANTS = [
         "dropout before the competition",
         CELL,
         "compete(score, self.k)",
-        "compete(self.input_attention.drop(score, projected.keep_input), self.k)",
+        "compete(input_attention.drop(score, projected.keep_input), self.k)",
     ),
     Mutant(
         "communication dropout does not scale",
@@ -175,8 +175,8 @@ MUTANTS = [
     Mutant(
         "losers keep h but not c",
         CELL,
-        "h, *c = self.dynamics.keep_losers(active, new, state)",
-        "h, *c = (*self.dynamics.keep_losers(active, new[:1], state[:1]), *new[1:])",
+        "h, *c = dynamics.keep_losers(active, new, state)",
+        "h, *c = (*dynamics.keep_losers(active, new[:1], state[:1]), *new[1:])",
     ),
     Mutant("LSTM gates i and f swapped", DYNAMICS, "i, f, g, o = torch.baddbmm", "f, i, g, o = torch.baddbmm"),
     Mutant("LSTM gates g and o swapped", DYNAMICS, "i, f, g, o = torch.baddbmm", "i, f, o, g = torch.baddbmm"),
@@ -236,17 +236,16 @@ MUTANTS = [
     Mutant(
         "communication touches c",
         CELL,
-        "h, attention = self.communication(h, active, comm_weight, projected.keep_comm)",
+        "h, attention = communication(h, active, comm_weight, projected.keep_comm)",
         "before = h\n"
-        "        h, attention = self.communication(h, active, comm_weight, projected.keep_comm)\n"
+        "        h, attention = communication(h, active, comm_weight, projected.keep_comm)\n"
         "        c = [s + (h - before).mean(-1, keepdim=True) for s in c]",
     ),
     Mutant(
         "communication among the states from before the step",
         CELL,
-        "h, attention = self.communication(h, active, comm_weight, projected.keep_comm)",
-        "read, attention = self.communication(state[0], active, comm_weight, projected.keep_comm)\n"
-        "        h = h + read - state[0]",
+        "h, attention = communication(h, active, comm_weight, projected.keep_comm)",
+        "read, attention = communication(state[0], active, comm_weight, projected.keep_comm)\n        h = h + read - state[0]",
     ),
     # Time, directions, layers, packing
     Mutant("the reverse direction runs forward", CELL, "range(len(sizes) - 1, -1, -1) if reverse else range", "range"),
@@ -279,7 +278,7 @@ MUTANTS = [
         "input attention recorded after dropout",
         CELL,
         "Trace(active, a_input, attention)",
-        "Trace(active, self.input_attention.drop(a_input, projected.keep_input), attention)",
+        "Trace(active, input_attention.drop(a_input, projected.keep_input), attention)",
     ),
     Mutant("what the reverse direction did, last step first", CELL, "traces[::-1] if reverse else traces", "traces"),
     Mutant("records keep the graph", CELL, "part.detach() for part in trace", "part for part in trace"),

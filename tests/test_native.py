@@ -118,11 +118,17 @@ def test_float32_within_rounding(rnn_cell: str, input_size: int, steps: int) -> 
     "options", [{}, {"rnn_cell": "GRU"}, {"proj_size": 32}, {"bias": False, "num_comm_heads": 0}, DROPOUTS]
 )
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 16), (3, 5), (4, 16)])
-def test_few_rows(options: dict[str, Any], steps: int, batch: int) -> None:
-    """Where sizes fill vectors, at most 64 rows in all take the weights as they lie in memory."""
-    cell = make(hidden_size=64, num_units=2, k=1, key_size_input=16, num_input_heads=2, key_size_comm=16, **options)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_few_rows(options: dict[str, Any], steps: int, batch: int, threads: int) -> None:
+    """Where sizes fill vectors, at most 64 rows in all take the weights as they lie in memory; threads divide the units of the
+    fewest, or the rows."""
+    cell = make(hidden_size=192, num_units=4, k=3, key_size_input=16, num_input_heads=2, key_size_comm=16, **options)
     x = torch.randn(steps, batch, 5, dtype=torch.float64)
-    assert_equal_paths(cell, x, states(cell, batch))
+    torch.set_num_threads(threads)
+    try:
+        assert_equal_paths(cell, x, states(cell, batch))
+    finally:
+        torch.set_num_threads(1)
 
 
 @settings(max_examples=10)

@@ -112,17 +112,17 @@ void columns(const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_ste
       const T* column[together];
       for (int c = 0; c < together; ++c) column[c] = B.data + (begin + c < left ? first + begin + c : 0) * B.ld;
       Vec<T> total[R][together] = {};
-      for (int i = 0; i < B.inner; i += WIDTH<T>) {
+      vectors<T>(B.inner, [&](int i, int left_) {
         Vec<T> b[together];
 #pragma GCC unroll 4
-        for (int c = 0; c < together; ++c) b[c] = load(column[c] + i, B.inner - i);
+        for (int c = 0; c < together; ++c) b[c] = load(column[c] + i, left_);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const Vec<T> a = load(A + r * a_step + i, B.inner - i);
+          const Vec<T> a = load(A + r * a_step + i, left_);
 #pragma GCC unroll 4
           for (int c = 0; c < together; ++c) total[r][c] += a * b[c];
         }
-      }
+      });
       for (int r = 0; r < R; ++r)
         for (int c = 0; c < together; ++c) products[r][begin + c] = total[r][c];
     }

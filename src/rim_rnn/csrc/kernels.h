@@ -14,13 +14,11 @@ struct Run {
   Weights<T> weights;
   Dense<T>* dense;          // of each unit
   Gradients<T>* gradients;  // of each block
-  Block<T>* collected;      // of each block after backward: what it collected for the gradients of the weights
-  char* blocks;             // storage of the blocks, `block_size` each
-  int64_t block_size;
+  Block<T>* block;          // of each hand of each block
 
   static int64_t setup(const Problem<T>& problem, void* storage, bool backward) {
     const Sizes& s = problem.s;
-    Arena arena{static_cast<char*>(storage)}, one_block{nullptr};
+    Arena arena{static_cast<char*>(storage)};
     Run* run = arena.take<Run>(1);
     const Weights<T> weights(problem, arena, backward);
     Dense<T>* dense = arena.take<Dense<T>>(s.n);
@@ -33,11 +31,19 @@ struct Run {
       const Gradients<T> of_block(problem, arena);
       if (storage) gradients[b] = of_block;
     }
-    Block<T>* collected = arena.take<Block<T>>(backward ? s.blocks : 0);
-    Block<T>(problem, weights, one_block, 0, backward);
-    const int64_t size = (one_block.used + 63) / 64 * 64;
-    char* blocks = arena.take<char>(size * s.blocks);
-    if (storage) *run = Run{problem, backward, weights, dense, gradients, collected, blocks, size};
+    Block<T>* block = arena.take<Block<T>>(s.blocks * s.hands);
+    if (storage) *run = Run{problem, backward, weights, dense, gradients, block};
+    Arena shared{nullptr}, own{nullptr};
+    Block<T>(problem, weights, shared, own, 0, 0, backward);  // the largest
+    for (int b = 0; b < s.blocks; ++b) {
+      char* of_block = arena.take<char>(shared.used);
+      for (int hand = 0; hand < s.hands; ++hand) {
+        char* of_hand = arena.take<char>(own.used);
+        if (!storage) continue;
+        Arena shared_{of_block}, own_{of_hand};
+        new (block + b * s.hands + hand) Block<T>(run->problem, run->weights, shared_, own_, b, hand, backward);
+      }
+    }
     return arena.used;
   }
   static Run& at(void* storage) { return *static_cast<Run*>(storage); }
@@ -45,20 +51,12 @@ struct Run {
     Run& run = at(storage);
     rim::RIM_ISA::prepare(run.problem, run.weights, run.dense, task, run.backward);
   }
-  static void forward(void* storage, int block) {
-    Run& run = at(storage);
-    Arena arena{run.blocks + block * run.block_size};
-    Block<T>(run.problem, run.weights, arena, block, false).forward();
-  }
-  static void backward_(void* storage, int block) {
-    Run& run = at(storage);
-    Arena arena{run.blocks + block * run.block_size};
-    (new (run.collected + block) Block<T>(run.problem, run.weights, arena, block, true))->backward(run.gradients[block]);
-  }
+  static void forward(void* storage, int task, int64_t from, int64_t to) { at(storage).block[task].forward(from, to); }
+  static void backward_(void* storage, int block) { at(storage).block[block].backward(at(storage).gradients[block]); }
   static void finish(void* storage, int task) {
     Run& run = at(storage);
     if (run.problem.s.in_place && task < run.problem.s.n)  // a unit's gradients where they belong, one block after the other
-      for (int b = 0; b < run.problem.s.blocks; ++b) run.collected[b].sum_up_unit(run.gradients[0].unit[task], task, true, b > 0);
+      for (int b = 0; b < run.problem.s.blocks; ++b) run.block[b].sum_up_unit(run.gradients[0].unit[task], task, true, b > 0);
     else
       rim::RIM_ISA::finish(run.problem, run.gradients, run.dense, task);
   }

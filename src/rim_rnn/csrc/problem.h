@@ -17,6 +17,7 @@ struct Sizes {
   bool fold_key, fold_value;                   // multiply W^q W^e, or W^v W_ih, out first
   bool in_place;                               // few rows: weights as they lie, none multiplied out or packed
   int blocks;                                  // batch row r belongs to block r % blocks
+  int hands;                                   // threads that share a block; one in backward
   int64_t batch, steps, total;                 // total = sum of batch_sizes
   const int64_t *batch_sizes, *offsets;        // of each step: rows present, and where they start in packed order
   double input_scale, comm_scale;              // 1 / sqrt(key size)
@@ -80,13 +81,15 @@ struct Problem {
   Parameters<T> grad;
 };
 
-// The kernels of one instruction set. Tasks and blocks may run on several threads, each phase after the one before.
+constexpr int PHASES = 5;  // of a step of forward: step.h
+
+// The kernels of one instruction set. Tasks may run on several threads, each call after the one before.
 template <class T>
 struct Kernels {
   int64_t (*setup)(const Problem<T>&, void* storage, bool backward);  // bytes of storage; lays it out where it is not null
   void (*prepare)(void* storage, int task);                           // tasks 0 to n - 1, and n
-  void (*forward)(void* storage, int block);                          // blocks 0 to blocks - 1
-  void (*backward)(void* storage, int block);
+  void (*forward)(void* storage, int task, int64_t from, int64_t to);  // tasks 0 to blocks * hands - 1; phases of all steps
+  void (*backward)(void* storage, int block);                         // blocks 0 to blocks - 1
   void (*finish)(void* storage, int task);                            // tasks 0 to n - 1, then n
 };
 

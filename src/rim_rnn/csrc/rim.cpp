@@ -211,14 +211,15 @@ struct Call {
     s.in_place = s.total <= 64 && whole(s.u) && whole(s.p) && whole(s.heads * s.key) && whole(s.heads * s.value) && whole(s.e()) && whole(s.w());
     if (s.in_place) s.fold_key = s.fold_value = false;
     const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
-    const double work = passes * rows * step;
-    int64_t threads = torch::stable::get_num_threads();
-    const int64_t worth = int64_t(work / 2e6) + 1;  // a thread should have some ten microseconds to do
-    threads = threads < worth ? threads : worth;
-    s.blocks = int(threads < s.batch ? threads : s.batch);
+    const double threads = torch::stable::get_num_threads();
+    // Ten microseconds of work are worth a thread for a block, and every step of it for a hand, who waits for others in each
+    // phase. Rows enough to fill the tiles of a product are better divided.
+    s.blocks = int(std::min({threads, double(s.batch), std::floor(passes * rows * step / 2e6) + 1}));
+    s.hands = 1;
+    if (s.in_place && !backward && double(s.batch) < 4 * threads)
+      s.hands = int(std::min({threads, double(s.n), std::floor(double(s.batch) * step / 1.5e5) + 1}));
+    if (s.hands > 1) s.blocks = 1;
   }
-
-  std::vector<char> storage;
 };
 
 // at::parallel_for over single tasks.
@@ -272,7 +273,10 @@ Results scan_as(const Arguments& a, bool save) {
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, false);
   if (!s.in_place) parallel(s.n + 1, s.blocks == 1, [&](int64_t task) { run.prepare(at, int(task)); });
-  parallel(s.blocks, s.blocks == 1, [&](int64_t block) { run.forward(at, int(block)); });
+  const int64_t tasks = int64_t(s.blocks) * s.hands, phases = s.steps * PHASES;
+  const int64_t together = s.hands == 1 ? phases : 1;  // phases without a hand waiting for others
+  for (int64_t from = 0; from < phases; from += together)
+    parallel(tasks, tasks == 1, [&](int64_t task) { run.forward(at, int(task), from, from + together); });
   return {output, last_h, last_c, winners, saved};
 }
 

@@ -1,7 +1,8 @@
 // One step of a RIM for one block of the batch, its four stages in the paper's order, then their gradients in reverse.
 //
 // A block of the batch goes through all steps alone, on one thread, so steps need no synchronisation and a batch row never
-// meets another. Symbols are those of problem.h; i counts rows of the block, j units, m units that are read, and inside a
+// meets another. Where rows are few, several hands share a block: each has some of the units and some of the rows for its own,
+// and they wait for each other between the phases of a step. Symbols are those of problem.h; i counts rows of the block, j units, m units that are read, and inside a
 // unit r counts its rows, winners first.
 #pragma once
 
@@ -34,16 +35,23 @@ struct Block {
   const Problem<T>& problem;
   const Sizes& s;
   const Weights<T>& W;
-  const int block, most;  // most: rows of this block of the batch
+  const int block, hand, most;           // most: rows of this block of the batch
+  const int first_unit, last_unit;       // of this hand
   const int64_t n, k, u, p, p1, in1, K, H;
 
   // The step at hand.
   int rows;
-  int64_t start;  // of its rows in packed order
+  int first_row, last_row;  // of this hand
+  int64_t start;            // of its rows in packed order
 
-  // One row of the block each.
+  // Of all hands. One row of the block each.
   T *x, *key, *value;     // [x | 1]; x W^e + b^e; x W^v + b^v
   T *h, *c;               // (n, p1) with a 1 behind each unit's state if there are biases, and (n, u)
+  T* score;               // (n, heads)
+  // One row of the block each, per unit: (n, most, ...).
+  T *read, *ask, *heard;  // key and value, query, what the heads heard
+
+  // Of this hand, as all that follows. One row of the block each.
   T *a_input, *bids;      // (n, heads), (n)
   int32_t* winners;       // (k)
   int* place;             // (n): where unit j has the row; only of winners in forward
@@ -51,7 +59,6 @@ struct Block {
   int* row;               // winners first
   int* won;               // (n): how many winners
   int* slot;              // which of the row's winners
-  T *read, *ask, *heard;  // key and value, query, what the heads heard
   int64_t ld_x, ld_key, ld_value, ld_query, ld_operand, ld_gates, ld_state, ld_read, ld_ask, ld_heard;
   T *query, *operand, *gates, *state, *projected;  // of the unit at hand
   // Of the row at hand, per pair of a winner and a head.
@@ -67,19 +74,23 @@ struct Block {
   Panel<T>*gates_panel, *query_panel, *project_panel, *talk_panel, *output_panel;  // of each unit
   Panel<T> key_panel, value_panel;
 
-  Block(const Problem<T>& problem_, const Weights<T>& W_, Arena& arena, int block_, bool backward)
-      : problem(problem_), s(problem_.s), W(W_), block(block_), most(int((s.batch - block_ + s.blocks - 1) / s.blocks)),
-        n(s.n), k(s.k), u(s.u), p(s.p), p1(s.p1()), in1(s.in1()), K(s.K()), H(s.heads) {
+  Block(const Problem<T>& problem_, const Weights<T>& W_, Arena& shared, Arena& arena, int block_, int hand_, bool backward)
+      : problem(problem_), s(problem_.s), W(W_), block(block_), hand(hand_), most(int((s.batch - block_ + s.blocks - 1) / s.blocks)),
+        first_unit(s.n * hand_ / s.hands), last_unit(s.n * (hand_ + 1) / s.hands), n(s.n), k(s.k), u(s.u), p(s.p), p1(s.p1()), in1(s.in1()), K(s.K()), H(s.heads) {
     const int64_t R = most;
     const int slack = WIDTH<T>;
     ld_x = pad<T>(in1), ld_key = pad<T>(H * s.key), ld_value = pad<T>(H * s.value), ld_query = pad<T>(H * s.S());
     ld_operand = pad<T>(K) + slack, ld_gates = pad<T>(s.gates()) + slack, ld_state = pad<T>(p > u ? p : u);
     ld_read = pad<T>(s.e() + s.w()), ld_ask = pad<T>(s.e()), ld_heard = pad<T>(s.w());
-    x = arena.take<T>(R * ld_x);
-    key = arena.take<T>(s.fold_key ? 0 : R * ld_key);
-    value = arena.take<T>(s.fold_value ? 0 : R * ld_value);
-    h = arena.take<T>(R * n * p1);
-    c = arena.take<T>(s.lstm ? R * n * u : 0);
+    x = shared.take<T>(R * ld_x);
+    key = shared.take<T>(s.fold_key ? 0 : R * ld_key);
+    value = shared.take<T>(s.fold_value ? 0 : R * ld_value);
+    h = shared.take<T>(R * n * p1);
+    c = shared.take<T>(s.lstm ? R * n * u : 0);
+    score = shared.take<T>(R * n * H);
+    read = shared.take<T>(R * n * ld_read);
+    ask = shared.take<T>(R * n * ld_ask);
+    heard = shared.take<T>(R * n * ld_heard);
     a_input = arena.take<T>(R * n * H);
     bids = arena.take<T>(n);
     winners = arena.take<int32_t>(R * k);
@@ -92,9 +103,6 @@ struct Block {
     gates = arena.take<T>(R * ld_gates);
     state = arena.take<T>(R * ld_state);
     projected = arena.take<T>(R * ld_state);
-    read = arena.take<T>(R * n * ld_read);
-    ask = arena.take<T>(R * n * ld_ask);
-    heard = arena.take<T>(R * n * ld_heard);
     pairs = k * s.comm_heads, ld_pairs = pad<T>(int(pairs));
     probabilities = arena.take<T>(n * ld_pairs);
     asking = arena.take<T*>(pairs);
@@ -143,38 +151,41 @@ struct Block {
     const int64_t present = s.batch_sizes[t];
     rows = present > block ? int((present - block + s.blocks - 1) / s.blocks) : 0;
     start = s.offsets[t];
+    first_row = int(int64_t(rows) * hand / s.hands), last_row = int(int64_t(rows) * (hand + 1) / s.hands);
   }
 
   // What depends on x alone: [x | 1] and, where they are not folded into the weights, key and value.
   void project() {
-    for (int i = 0; i < rows; ++i) {
+    for (int i = first_row; i < last_row; ++i) {
       copy(x + i * ld_x, problem.input + position(i) * s.input, s.input);
       if (s.bias) x[i * ld_x + s.input] = 1;
     }
-    if (!s.fold_key) multiply(rows, x, ld_x, W.key, key, ld_key);
-    if (!s.fold_value) multiply(rows, x, ld_x, W.value, value, ld_value);
+    const auto own = [&](T* of_rows, int64_t ld) { return of_rows + first_row * ld; };
+    if (!s.fold_key) multiply(last_row - first_row, own(x, ld_x), ld_x, W.key, own(key, ld_key), ld_key);
+    if (!s.fold_value) multiply(last_row - first_row, own(x, ld_x), ld_x, W.value, own(value, ld_value), ld_value);
   }
 
   // ---- Forward ----
 
   // Input attention, equation 2: score = query . key / sqrt(key size), a_input = softmax([0, score])_1 = sigmoid(score).
   void input_attention() {
-    for (int j = 0; j < n; ++j) {
+    for (int j = first_unit; j < last_unit; ++j) {
       multiply(rows, h + j * p1, n * p1, W.unit[j].query, query, ld_query);
       for (int i = 0; i < rows; ++i)
         for (int head = 0; head < H; ++head)
-          a_input[(i * n + j) * H + head] = dot(query + i * ld_query + head * s.S(), key_of(i, head), s.S()) * T(s.input_scale);
+          score[(i * n + j) * H + head] = dot(query + i * ld_query + head * s.S(), key_of(i, head), s.S()) * T(s.input_scale);
     }
   }
 
   // Competition: the k highest bids win, a bid being the score averaged over heads; ties to the lowest unit, NaN below all.
+  // Every hand sees who won, and who each winner is to it.
   void competition() {
     for (int j = 0; j < n; ++j) won[j] = 0;
     for (int i = 0; i < rows; ++i) {
-      T* score = a_input + i * n * H;
+      const T* scores = score + i * n * H;
       for (int j = 0; j < n; ++j) {
         bids[j] = 0;
-        for (int head = 0; head < H; ++head) bids[j] += score[j * H + head];
+        for (int head = 0; head < H; ++head) bids[j] += scores[j * H + head];
         bids[j] /= T(H);
       }
       int* wins = place + i * n;
@@ -188,10 +199,10 @@ struct Block {
       for (int j = 0, place_ = 0; j < n; ++j)
         if (wins[j] == 0) winners[i * k + place_++] = j;
       enlist(i);
-      for (int a = 0; a < n * H; a += WIDTH<T>) store(score + a, sigmoid<T>(load(score + a, n * H - a)), n * H - a);
+      for (int a = 0; a < n * H; a += WIDTH<T>) store(a_input + i * n * H + a, sigmoid<T>(load(scores + a, n * H - a)), n * H - a);
     }
     if (!problem.save) return;
-    for (int i = 0; i < rows; ++i)
+    for (int i = first_row; i < last_row; ++i)
       for (int a = 0; a < k; ++a) {
         problem.saved.winners[position(i) * k + a] = winners[i * k + a];
         copy(problem.saved.attention + (position(i) * k + a) * H, a_input + (i * n + winners[i * k + a]) * H, H);
@@ -214,7 +225,7 @@ struct Block {
     for (int head = 0; head < H; ++head, to += s.F()) {
       const T* feature = value_of(i, head);
       const T coefficient = a[head] * kept(i, j, head);
-      for (int f = 0; f < s.F(); f += WIDTH<T>) store(to + f, coefficient * load(feature + f, s.F() - f), s.F() - f);
+      vectors<T>(s.F(), [&](int f, int left) { store(to + f, coefficient * load(feature + f, left), left); });
     }
   }
   // What dropout scales a_input with.
@@ -222,7 +233,7 @@ struct Block {
 
   // Independent dynamics, equation 4: the winners' LSTM or GRU; losers keep h and c.
   void dynamics() {
-    for (int j = 0; j < n; ++j) {
+    for (int j = first_unit; j < last_unit; ++j) {
       const int* rows_ = row + j * most;
       const int count = won[j];
       for (int r = 0; r < count; ++r) gather(rows_[r], j, state_of(rows_[r], j), a_input + (rows_[r] * n + j) * H, operand + int64_t(r) * ld_operand);
@@ -280,15 +291,16 @@ struct Block {
   }
 
   // Communication, equations 5 and 6: winners ask, every unit is read; h = h~ + softmax(query . key / sqrt(key size)) value W^o.
-  void communication() {
-    if (!s.comm_heads) return;
-    for (int j = 0; j < n; ++j) {
+  void ask_and_show() {
+    for (int j = first_unit; j < last_unit && s.comm_heads; ++j) {
       const int count = won[j];
       multiply(rows, h + j * p1, n * p1, W.unit[j].read, of_unit(read, j, ld_read), ld_read);
       for (int r = 0; r < count; ++r) copy(state + r * ld_state, state_of(row[j * most + r], j), p);
       multiply(count, state, ld_state, W.unit[j].ask, of_unit(ask, j, ld_ask), ld_ask);
     }
-    for (int i = 0; i < rows; ++i) {
+  }
+  void communication() {
+    for (int i = first_row; i < last_row && s.comm_heads; ++i) {
       for (int a = 0; a < k; ++a) {
         const int j = winners[i * k + a], r = place[i * n + j];
         share(asking, a, of_unit(ask, j, ld_ask) + r * ld_ask, s.comm_key);
@@ -301,7 +313,9 @@ struct Block {
       drop(i, probabilities);
       gather_units(probabilities, s.e(), s.comm_value, hearing);
     }
-    for (int j = 0; j < n; ++j) {
+  }
+  void take_up() {
+    for (int j = first_unit; j < last_unit && s.comm_heads; ++j) {
       multiply(won[j], of_unit(heard, j, ld_heard), ld_heard, W.unit[j].output, state, ld_state);
       for (int r = 0; r < won[j]; ++r) add(state_of(row[j * most + r], j), state + r * ld_state, p);
     }
@@ -418,27 +432,49 @@ struct Block {
       for (int m = 0; m < n; ++m) store(score + m * ld_pairs, load(score + m * ld_pairs) * total);
     }
   }
-  void forward() {
-    for (int i = 0; i < most; ++i) {
-      for (int j = 0; j < n; ++j) {
+  // The first and the last states of this hand's units.
+  void begin() {
+    for (int i = 0; i < most; ++i)
+      for (int j = first_unit; j < last_unit; ++j) {
         copy(state_of(i, j), problem.h + (batch_row(i) * n + j) * p, p);
         if (s.bias) state_of(i, j)[p] = 1;
+        if (s.lstm) copy(cell_of(i, j), problem.c + (batch_row(i) * n + j) * u, u);
       }
-      if (s.lstm) copy(cell_of(i, 0), problem.c + batch_row(i) * n * u, n * u);
-    }
-    for (int64_t step = 0; step < s.steps; ++step) {
+  }
+  void end() const {
+    for (int i = 0; i < most; ++i)
+      for (int j = first_unit; j < last_unit; ++j) {
+        copy(problem.last_h + (batch_row(i) * n + j) * p, state_of(i, j), p);
+        if (s.lstm) copy(problem.last_c + (batch_row(i) * n + j) * u, cell_of(i, j), u);
+      }
+  }
+  // Phases [from, to) of all steps, each of which has PHASES: what one needs of the other hands, they did in phases before.
+  void forward(int64_t from, int64_t to) {
+    for (int64_t phase = from; phase < to; ++phase) {
+      const int64_t step = phase / PHASES;
       at_step(s.reverse ? s.steps - 1 - step : step);
-      project();
-      input_attention();
-      competition();
-      dynamics();
-      communication();
-      for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < n; ++j) copy(problem.output + (position(i) * n + j) * p, state_of(i, j), p);
-    }
-    for (int i = 0; i < most; ++i) {
-      for (int j = 0; j < n; ++j) copy(problem.last_h + (batch_row(i) * n + j) * p, state_of(i, j), p);
-      if (s.lstm) copy(problem.last_c + batch_row(i) * n * u, cell_of(i, 0), n * u);
+      switch (phase % PHASES) {
+        case 0:
+          if (step == 0) begin();
+          project();
+          break;
+        case 1:
+          input_attention();
+          break;
+        case 2:
+          competition();
+          dynamics();
+          ask_and_show();
+          break;
+        case 3:
+          communication();
+          break;
+        case 4:
+          take_up();
+          for (int i = 0; i < rows; ++i)
+            for (int j = first_unit; j < last_unit; ++j) copy(problem.output + (position(i) * n + j) * p, state_of(i, j), p);
+          if (step == s.steps - 1) end();
+      }
     }
   }
 
@@ -603,7 +639,7 @@ struct Block {
         const T dscore = da * a[head] * (1 - a[head]) * T(s.input_scale);
         const T* key_ = key_of(i, head);
         T* dquery = queries.b(r) + head * S;
-        for (int d = 0; d < S; d += WIDTH<T>) store(dquery + d, dscore * load(key_ + d, S - d), S - d);
+        vectors<T>(S, [&](int d, int left) { store(dquery + d, dscore * load(key_ + d, left), left); });
         add(s.fold_value ? dx + i * ld_x : value_panel.a(i) + head * s.value, dread, F, a[head] * keep);
         add(s.fold_key ? dx + i * ld_x : key_panel.a(i) + head * s.key, query + r * ld_query + head * S, S, dscore);
       }

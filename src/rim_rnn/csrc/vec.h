@@ -62,10 +62,12 @@ RIM_INLINE Vec<T> fill(T x) {
 // The first `left` elements where fewer than a vector are left; the others are zero, and are not written.
 #if RIM_VECTOR_BYTES == 64
 RIM_INLINE __mmask16 mask(int left) { return left >= 16 ? 0xffff : (1u << left) - 1; }
-RIM_INLINE Vec<float> load(const float* p, int left) { return (Vec<float>)_mm512_maskz_loadu_ps(mask(left), p); }
-RIM_INLINE void store(float* p, Vec<float> v, int left) { _mm512_mask_storeu_ps(p, mask(left), (__m512)v); }
-RIM_INLINE Vec<double> load(const double* p, int left) { return (Vec<double>)_mm512_maskz_loadu_pd(mask(left), p); }
-RIM_INLINE void store(double* p, Vec<double> v, int left) { _mm512_mask_storeu_pd(p, mask(left), (__m512d)v); }
+#define RIM_WHOLE(T) (__builtin_constant_p(left) && left == WIDTH<T>)
+RIM_INLINE Vec<float> load(const float* p, int left) { return RIM_WHOLE(float) ? load(p) : (Vec<float>)_mm512_maskz_loadu_ps(mask(left), p); }
+RIM_INLINE void store(float* p, Vec<float> v, int left) { RIM_WHOLE(float) ? store(p, v) : _mm512_mask_storeu_ps(p, mask(left), (__m512)v); }
+RIM_INLINE Vec<double> load(const double* p, int left) { return RIM_WHOLE(double) ? load(p) : (Vec<double>)_mm512_maskz_loadu_pd(mask(left), p); }
+RIM_INLINE void store(double* p, Vec<double> v, int left) { RIM_WHOLE(double) ? store(p, v) : _mm512_mask_storeu_pd(p, mask(left), (__m512d)v); }
+#undef RIM_WHOLE
 #else
 template <class T>
 RIM_INLINE Vec<T> load(const T* p, int left) {
@@ -80,6 +82,14 @@ RIM_INLINE void store(T* p, Vec<T> v, int left) {
   for (int i = 0; i < left; ++i) p[i] = v[i];
 }
 #endif
+
+// each(d, left) for every vector of `size` elements from 0: `left` is known to the compiler for all but a last, shorter one.
+template <class T, class F>
+RIM_INLINE void vectors(int size, const F& each) {
+  int d = 0;
+  for (; d + WIDTH<T> <= size; d += WIDTH<T>) each(d, WIDTH<T>);
+  if (d < size) each(d, size - d);
+}
 
 // The sum of the elements, always in the same order.
 template <class T>
@@ -107,12 +117,12 @@ RIM_INLINE Vec<T> sums(Vec<T>* v) {
 #else
 template <class T, int HALF = WIDTH<T> / 2>
 RIM_INLINE Vec<T> sums(Vec<T>* v) {
-  IVec<T> low{}, high{};
+  IVec<T> first{}, other{};
   for (int i = 0; i < WIDTH<T>; ++i) {
-    low[i] = i / (2 * HALF) * (2 * HALF) + i % HALF + (i % (2 * HALF) < HALF ? 0 : WIDTH<T>);
-    high[i] = low[i] + HALF;
+    first[i] = i % (2 * HALF) < HALF ? -1 : 0;
+    other[i] = first[i] ? i + HALF : i - HALF + WIDTH<T>;
   }
-  for (int i = 0; i < HALF; ++i) v[i] = __builtin_shuffle(v[i], v[i + HALF], low) + __builtin_shuffle(v[i], v[i + HALF], high);
+  for (int i = 0; i < HALF; ++i) v[i] = (first ? v[i] : v[i + HALF]) + __builtin_shuffle(v[i], v[i + HALF], other);
   if constexpr (HALF == 1)
     return v[0];
   else
@@ -123,12 +133,12 @@ RIM_INLINE Vec<T> sums(Vec<T>* v) {
 template <class T>
 RIM_INLINE T dot(const T* a, const T* b, int size) {
   Vec<T> total{};
-  for (int i = 0; i < size; i += WIDTH<T>) total += load(a + i, size - i) * load(b + i, size - i);
+  vectors<T>(size, [&](int d, int left) { total += load(a + d, left) * load(b + d, left); });
   return sum<T>(total);
 }
 template <class T>
 RIM_INLINE void copy(T* to, const T* from, int size) {
-  for (int i = 0; i < size; i += WIDTH<T>) store(to + i, load(from + i, size - i), size - i);
+  vectors<T>(size, [&](int d, int left) { store(to + d, load(from + d, left), left); });
 }
 template <class T>
 RIM_INLINE void zero(T* to, int64_t size) {
@@ -137,8 +147,7 @@ RIM_INLINE void zero(T* to, int64_t size) {
 // to += scale * from
 template <class T>
 RIM_INLINE void add(T* to, const T* from, int size, T scale = 1) {
-  for (int i = 0; i < size; i += WIDTH<T>)
-    store(to + i, load(to + i, size - i) + scale * load(from + i, size - i), size - i);
+  vectors<T>(size, [&](int d, int left) { store(to + d, load(to + d, left) + scale * load(from + d, left), left); });
 }
 
 // exp(x) - 1 = 2^m (exp(r) - 1) + (2^m - 1) with x = m ln 2 + r and |r| <= ln(2)/2; exp(r) - 1 by its Taylor series.
