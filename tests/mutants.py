@@ -201,7 +201,7 @@ MUTANTS = [
     Mutant(
         "winners read winners only",
         COMMUNICATION,
-        "attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)",
+        "attention = torch.softmax(torch.bmm(key, query.transpose(1, 2)), dim=1).transpose(1, 2)",
         "readable = active.t().repeat_interleave(heads, 0).unsqueeze(1)\n"
         "        attention = torch.bmm(query, key.transpose(1, 2))\n"
         '        attention = torch.softmax(attention.masked_fill(~readable, float("-inf")), dim=-1)',
@@ -209,17 +209,17 @@ MUTANTS = [
     Mutant(
         "a unit does not read itself",
         COMMUNICATION,
-        "attention = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)",
+        "attention = torch.softmax(torch.bmm(key, query.transpose(1, 2)), dim=1).transpose(1, 2)",
         "attention = torch.bmm(query, key.transpose(1, 2))\n"
         "        attention = torch.softmax(attention - 1e9 * torch.eye(n, dtype=h.dtype), dim=-1)",
     ),
     Mutant("communication scores without 1/sqrt(d)", COMMUNICATION, "query / math.sqrt(self.key_size), key", "query, key"),
-    Mutant("softmax over the readers", COMMUNICATION, "key.transpose(1, 2)), dim=-1)", "key.transpose(1, 2)), dim=1)"),
+    Mutant("softmax over the readers", COMMUNICATION, "query.transpose(1, 2)), dim=1)", "query.transpose(1, 2)), dim=2)"),
     Mutant(
         "queries and keys swapped",
         COMMUNICATION,
-        "torch.bmm(query, key.transpose(1, 2))",
         "torch.bmm(key, query.transpose(1, 2))",
+        "torch.bmm(query, key.transpose(1, 2))",
     ),
     Mutant(
         "heads averaged instead of concatenated",

@@ -161,9 +161,14 @@ ABLATIONS = [
         ((PLAN, "s.in_place = s.total <= 64 &&", "s.in_place = s.total <= 0 &&"),),
     ),
     Ablation(
+        "the fewest rows divided by units, so that a core fetches the weights of its own alone",
+        ("act",),
+        ((PLAN, "double(s.batch) < 4 * threads", "false"),),
+    ),
+    Ablation(
         "few rows divided among all cores in the backward pass",
         ("act16",),
-        ((PLAN, "s.blocks = int(threads <", "if (s.in_place && backward) threads = 1;\n    s.blocks = int(threads <"),),
+        ((PLAN, "s.blocks = int(std::min({threads,", "s.blocks = int(std::min({s.in_place && backward ? 1. : threads,"),),
     ),
     Ablation(
         "dot products of four rows at a time in the backward pass of few rows",
@@ -171,6 +176,18 @@ ABLATIONS = [
         ((GEMM, "for (; rows >= 4;", "for (; rows >= INT32_MAX;"),),
     ),
     # Around the operator
+    Ablation(
+        "memory for results by the C functions of the ABI instead of an operator found by its name",
+        ("act", "act16"),
+        (
+            (
+                PLAN,
+                "Tensor empty(const Sizes& shape, ScalarType type) {",
+                "Tensor empty(const Sizes& shape, ScalarType type) {\n"
+                "  return torch::stable::empty({shape.data(), shape.size()}, type);",
+            ),
+        ),
+    ),
     Ablation(
         "nothing kept for a backward pass that will not come",
         ALL,
@@ -245,6 +262,18 @@ ABLATIONS = [
                 "            for layer in (self.query, self.key, self.value)\n"
                 "        )\n"
                 "        query = query / math.sqrt(d)",
+            ),
+        ),
+        group="readable",
+    ),
+    Ablation(
+        "a softmax over the second of three axes instead of the last and shortest",
+        ("paper", "small"),
+        (
+            (
+                COMMUNICATION,
+                "torch.softmax(torch.bmm(key, query.transpose(1, 2)), dim=1).transpose(1, 2)",
+                "torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)",
             ),
         ),
         group="readable",
