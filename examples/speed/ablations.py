@@ -163,12 +163,12 @@ ABLATIONS = [
     Ablation(
         "the fewest rows divided by units, so that a core fetches the weights of its own alone",
         ("act",),
-        ((PLAN, "double(s.batch) < 4 * threads", "false"),),
+        ((PLAN, "const bool share = s.in_place &&", "const bool share = false &&"),),
     ),
     Ablation(
         "few rows divided among all cores in the backward pass",
         ("act16",),
-        ((PLAN, "s.blocks = int(std::min({threads,", "s.blocks = int(std::min({s.in_place && backward ? 1. : threads,"),),
+        ((PLAN, "blocks = std::min({threads,", "blocks = std::min({s.in_place && backward ? 1. : threads,"),),
     ),
     Ablation(
         "dot products of four rows at a time in the backward pass of few rows",

@@ -212,13 +212,13 @@ struct Call {
     if (s.in_place) s.fold_key = s.fold_value = false;
     const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
     const double threads = torch::stable::get_num_threads();
-    // Ten microseconds of work are worth a thread for a block, and every step of it for a hand, who waits for others in each
-    // phase. Rows enough to fill the tiles of a product are better divided.
-    s.blocks = int(std::min({threads, double(s.batch), std::floor(passes * rows * step / 2e6) + 1}));
-    s.hands = 1;
-    if (s.in_place && !backward && double(s.batch) < 4 * threads)
-      s.hands = int(std::min({threads, double(s.n), std::floor(double(s.batch) * step / 1.5e5) + 1}));
-    if (s.hands > 1) s.blocks = 1;
+    // Ten microseconds of work are worth a thread for a block, or in every step for a hand.
+    const double blocks = std::min({threads, double(s.batch), std::floor(passes * rows * step / 2e6) + 1});
+    const double hands = std::min({threads, double(s.n), std::floor(double(s.batch) * step / 1.5e5) + 1});
+    // In rows' worth of work: the weights take as long to fetch as three rows do, and hands wait for each other.
+    const bool share = s.in_place && !backward && std::max<double>(s.batch, 3) / hands + 0.5 < std::max(s.batch / blocks, 3.0);
+    s.blocks = share ? 1 : int(blocks);
+    s.hands = share ? int(hands) : 1;
   }
 };
 
