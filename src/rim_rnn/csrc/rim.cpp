@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -25,12 +26,13 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 using Shape = std::vector<int64_t>;
+using Braces = std::initializer_list<int64_t>;  // a shape written down, which asks for no memory
 
-template <class Sizes>
-std::string shape_of(const Sizes& shape) {
-  std::string text = "(";
-  for (size_t d = 0; d < shape.size(); ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
-  return text + (shape.size() == 1 ? ",)" : ")");
+template <class AnyShape = Braces>
+std::string shape_of(const AnyShape& shape) {
+  std::string text;
+  for (int64_t size : shape) text += (text.empty() ? "(" : ", ") + std::to_string(size);
+  return (shape.size() ? text : "(") + (shape.size() == 1 ? ",)" : ")");
 }
 
 [[noreturn]] void fail(const std::string& message) { throw std::runtime_error("rim_rnn: " + message); }
@@ -39,15 +41,17 @@ std::string shape_of(const Sizes& shape) {
 template <class T>
 class Input {
  public:
-  Input(const char* name, const Optional& tensor, const Shape& shape, bool present = true) {
+  template <class AnyShape = Braces>
+  Input(const char* name, const Optional& tensor, const AnyShape& shape, bool present = true) {
     if (!present) {
       if (tensor) fail(std::string(name) + " should be None for this cell");
       return;
     }
     if (!tensor) fail(std::string(name) + " should be a tensor, got None");
-    const ScalarType expected = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor->get(), &dtype));
     if (!tensor->is_cpu()) fail(std::string(name) + " should be on the CPU");
-    if (tensor->scalar_type() != expected) fail(std::string(name) + " should have the dtype of input");
+    if (dtype != (sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64())) fail(std::string(name) + " should have the dtype of input");
     const auto got = tensor->sizes();
     if (!std::equal(got.begin(), got.end(), shape.begin(), shape.end()))
       fail(std::string(name) + " should have shape " + shape_of(shape) + ", got " + shape_of(got));
@@ -165,10 +169,10 @@ struct Call {
     const int64_t n = s.n, p = s.p, u = s.u, d_q = int64_t(s.heads) * s.key, d_v = int64_t(s.heads) * s.value, gates = s.weight_gates();
     const bool comm = s.comm_heads > 0;
     inputs.reserve(20);
-    const auto take = [&](const char* name, const Optional& tensor, const Shape& shape, bool present = true) -> const T* {
+    const auto take = [&](const char* name, const Optional& tensor, Braces shape, bool present = true) -> const T* {
       return inputs.emplace_back(name, tensor, shape, present);
     };
-    problem.input = take("input", a.input, packed ? Shape{s.total, s.input} : Shape{s.steps, s.batch, s.input});
+    problem.input = inputs.emplace_back("input", a.input, packed ? Shape{s.total, s.input} : Shape{s.steps, s.batch, s.input});
     problem.h = take("h_0", a.h, {s.batch, n * p});
     problem.c = take("c_0", a.c, {s.batch, n * u}, s.lstm);
     Parameters<const T>& w = problem.weight;
@@ -235,16 +239,15 @@ void parallel(int64_t tasks, bool alone, const F& task) {
 }
 
 // Contiguous memory on the CPU. Straight from the C functions of the ABI: torch::stable::empty looks its operator up by name.
-template <class Sizes>
-Tensor empty(const Sizes& shape, ScalarType type) {
+template <class AnyShape = Braces>
+Tensor empty(const AnyShape& shape, ScalarType type) {
   int64_t strides[3], stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
+  for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), &*shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
-Tensor empty(const Shape& shape, ScalarType type) { return empty<Shape>(shape, type); }
 
 template <class T>
 T* data(const Tensor& tensor) {
@@ -292,7 +295,7 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   const Input<T> given_c("grad_c_n", grad_c, {s.batch, int64_t(s.n) * s.u}, s.lstm && grad_c.has_value());
   const Input<T> result("output", output, call.output_shape), kept("saved", saved, {Saved<T>::size(s)});
   if (winners.dim() != 2 || winners.size(0) != s.total || winners.size(1) != s.k || winners.scalar_type() != ScalarType::Int || !winners.is_contiguous())
-    fail("winners should be a contiguous int32 tensor of shape " + shape_of(Shape{s.total, s.k}));
+    fail("winners should be a contiguous int32 tensor of shape " + shape_of({s.total, s.k}));
   const int32_t* won = static_cast<const int32_t*>(winners.const_data_ptr());
   for (int64_t i = 0; i < s.total * s.k; ++i) {
     const int32_t least = i % s.k ? won[i - 1] + 1 : 0;

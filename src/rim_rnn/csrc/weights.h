@@ -83,6 +83,7 @@ struct Weights {
     }
     if (backward) key_t = space(arena, d_q, s.fold_key ? 0 : s.input), value_t = space(arena, d_v, s.fold_value ? 0 : s.input);
     for (int j = 0; j < s.n; ++j) {
+      if (s.in_place && !arena.base) break;  // nothing to count
       const UnitWeights<T> unit_ = s.in_place ? as_they_lie(problem, j) : packed(s, arena, false);
       if (arena.base) unit[j] = unit_;
       if (!backward) continue;
@@ -194,6 +195,7 @@ struct Gradients {
     key = space(arena, s.fold_key ? 0 : s.heads * s.key, s.in1());
     value = space(arena, s.fold_value ? 0 : s.heads * s.value, s.in1());
     for (int j = 0; j < s.n; ++j) {
+      if (s.in_place && !arena.base) break;  // nothing to count
       const UnitGradients<T> unit_ = s.in_place ? where_they_belong(problem, j) : apart(s, arena);
       if (arena.base) unit[j] = unit_;
     }
