@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -32,6 +33,15 @@ def make(**options: Any) -> RIMCell[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return RIMCell(**options)
+
+
+@contextmanager
+def number_of_threads(threads: int) -> Iterator[None]:
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 def states(cell: RIMCell[Any], batch: int) -> tuple[Tensor, ...]:
@@ -115,7 +125,7 @@ def test_float32_within_rounding(rnn_cell: str, input_size: int, steps: int) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rnn_cell": "GRU"}, {"proj_size": 32}, {"bias": False, "num_comm_heads": 0}, DROPOUTS]
+    "options", [{}, {"rnn_cell": "GRU"}, {"proj_size": 64}, {"bias": False, "num_comm_heads": 0}, DROPOUTS]
 )
 @pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 16), (3, 5), (4, 16)])
 @pytest.mark.parametrize("threads", [1, 3])
@@ -124,11 +134,33 @@ def test_few_rows(options: dict[str, Any], steps: int, batch: int, threads: int)
     fewest, or the rows."""
     cell = make(hidden_size=192, num_units=4, k=3, key_size_input=16, num_input_heads=2, key_size_comm=16, **options)
     x = torch.randn(steps, batch, 5, dtype=torch.float64)
-    torch.set_num_threads(threads)
-    try:
+    assert cell.hidden_size // 4 % 16 == cell.proj_size // 4 % 16 == 0  # they fill vectors of every instruction set
+    with number_of_threads(threads):
         assert_equal_paths(cell, x, states(cell, batch))
-    finally:
-        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU"}, {"proj_size": 64}])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_threads_that_share_the_units_of_packed_rows(options: dict[str, Any], reverse: bool) -> None:
+    """With gradients and without, the same bits as one thread."""
+    cell = make(hidden_size=192, num_units=4, k=3, key_size_input=16, key_size_comm=16, **options)
+    x, state, rest = torch.randn(9, 5, dtype=torch.float64), states(cell, 5), ([5, 3, 1], reverse)
+    with torch.no_grad():
+        alone = native.scan(cell, x, state, *rest)
+    with number_of_threads(3):
+        assert_equal_paths(cell, x, state, *rest)
+        with torch.no_grad():
+            together = native.scan(cell, x, state, *rest)
+    for ours, expected in zip((together[0], *together[1]), (alone[0], *alone[1]), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(40, 15), (20, 31)])
+def test_threads_with_a_row_less_than_others(steps: int, batch: int) -> None:
+    """In steps enough to fill what is collected for the gradients of the weights."""
+    cell = make(hidden_size=96)
+    with number_of_threads(2):
+        assert_equal_paths(cell, torch.randn(steps, batch, 5, dtype=torch.float64), states(cell, batch))
 
 
 @settings(max_examples=10)
@@ -138,11 +170,8 @@ def test_any_number_of_threads(threads: int, batch: int) -> None:
     cell = make(input_size=16, hidden_size=192, num_units=4, dtype=torch.float64)
     x, state = torch.randn(6, batch, 16, dtype=torch.float64), states(cell, batch)
     alone = results_and_gradients(native.scan, cell, x, state)
-    torch.set_num_threads(threads)
-    try:
+    with number_of_threads(threads):
         together, again = (results_and_gradients(native.scan, cell, x, state) for _ in range(2))
-    finally:
-        torch.set_num_threads(1)
     for name, expected in alone.items():
         assert torch.equal(together[name], again[name]), name
         if "gradient" in name:
@@ -429,12 +458,34 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Silent(nn.Module):
+    """A stage that someone put in the place of ours, with nothing of what ours has."""
+
+    def forward(self, h: Tensor, active: Tensor, weight: None, keep: None) -> tuple[Tensor, Tensor]:
+        return h, h.new_zeros(h.size(1), 0, len(h), len(h))
+
+
 REASONS = [
     Reason("bfloat16", dtype=torch.bfloat16),
-    Reason("hook", lambda cell: cell.communication.register_forward_hook(lambda *a: None)),
-    Reason("hook", lambda cell: cell.input_attention.query.register_forward_pre_hook(lambda *a: None)),
-    Reason("Parametrized", lambda cell: parametrize.register_parametrization(cell.dynamics, "weight_hh", nn.Identity())),
-    Reason("Doubled", lambda cell: setattr(cell.input_attention, "key", Doubled(cell.input_attention.key))),
+    Reason("hook is registered in communication", lambda cell: cell.communication.register_forward_hook(lambda *a: None)),
+    Reason(
+        "hook is registered in input_attention.query",
+        lambda cell: cell.input_attention.query.register_forward_pre_hook(lambda *a: None),
+    ),
+    Reason(
+        "dynamics is a ParametrizedLSTM",
+        lambda cell: parametrize.register_parametrization(cell.dynamics, "weight_hh", nn.Identity()),
+    ),
+    Reason(
+        "input_attention.key is a Doubled",
+        lambda cell: setattr(cell.input_attention, "key", Doubled(cell.input_attention.key)),
+    ),
+    Reason("communication is a Silent", lambda cell: setattr(cell, "communication", Silent())),
+    Reason(
+        "input_attention is a Sequential", lambda cell: setattr(cell, "input_attention", nn.Sequential(cell.input_attention))
+    ),
+    Reason("input_attention.value is missing", lambda cell: delattr(cell.input_attention, "value")),
+    Reason("where the cell keeps it", lambda cell: cell.communication.output._parameters.pop("weight")),
     Reason("where the cell keeps it", lambda cell: setattr(cell.dynamics, "bias_ih", None)),
     Reason("differ", lambda cell: cell.communication.float()),
 ]

@@ -152,7 +152,7 @@ ABLATIONS = [
     Ablation(
         "weight gradients collected into products of 256 rows",
         LONG,
-        ((STEP, "enough = (255 + rows_per_step) / rows_per_step;", "enough = 1;"),),
+        ((STEP, "enough = 255 + rows_per_step;", "enough = rows_per_step;"),),
     ),
     # Calls of few rows
     Ablation(
@@ -163,7 +163,7 @@ ABLATIONS = [
     Ablation(
         "the fewest rows divided by units, so that a core fetches the weights of its own alone",
         ("act",),
-        ((PLAN, "const bool share = s.in_place &&", "const bool share = false &&"),),
+        ((PLAN, "const bool by_units = s.in_place &&", "const bool by_units = false &&"),),
     ),
     Ablation(
         "few rows divided among all cores in the backward pass",
@@ -182,9 +182,13 @@ ABLATIONS = [
         (
             (
                 PLAN,
-                "Tensor empty(const Sizes& shape, ScalarType type) {",
-                "Tensor empty(const Sizes& shape, ScalarType type) {\n"
-                "  return torch::stable::empty({shape.data(), shape.size()}, type);",
+                "Tensor empty(const AnyShape& shape, int32_t dtype) {",
+                "Tensor empty(const AnyShape& shape, int32_t dtype) {\n"
+                "  const ScalarType type = dtype == aoti_torch_dtype_int32()   ? ScalarType::Int\n"
+                "                          : dtype == aoti_torch_dtype_uint8() ? ScalarType::Byte\n"
+                "                          : dtype == dtype_of<float>()        ? ScalarType::Float\n"
+                "                                                              : ScalarType::Double;\n"
+                "  return torch::stable::empty({&*shape.begin(), shape.size()}, type);",
             ),
         ),
     ),
@@ -288,7 +292,7 @@ ABLATIONS = [
     Ablation(
         "weight gradients as one product over all steps",
         LONG,
-        ((STEP, "enough = (255 + rows_per_step) / rows_per_step;", "enough = int(steps);"),),
+        ((STEP, "enough = 255 + rows_per_step;", "enough = all;"),),
         group="lost",
     ),
     Ablation(

@@ -6,6 +6,7 @@ lets autograd differentiate, which is also how the native operator answers doubl
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,12 +25,18 @@ State = tuple[Tensor, ...]
 UNROLLED = 16
 """Up to so many steps torch.compile sees each of them and fuses what it finds, which takes its time for every one."""
 
-KINDS = {
-    (InputAttention, UnitLinear, nn.Linear, nn.Linear, dynamics, Communication, *talking)
-    for dynamics in (LSTM, GRU)
-    for talking in ((), (UnitLinear,) * 4)
+MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "input_attention": (InputAttention,),
+    "input_attention.query": (UnitLinear,),
+    "input_attention.key": (nn.Linear,),
+    "input_attention.value": (nn.Linear,),
+    "dynamics": (LSTM, GRU),
+    "communication": (Communication,),
+    **{f"communication.{part}": (UnitLinear,) for part in ("query", "key", "value", "output")},
 }
-"""What a cell's modules have to be: the stages in their order, each followed by its own."""
+"""A cell's modules and what they have to be. Those of the communication come last: without heads it has none."""
+
+KINDS = {kinds[:length] for kinds in product(*MODULES.values()) for length in (len(MODULES) - 4, len(MODULES))}
 
 PARAMETERS = (
     *(f"input_attention.{part}.{name}" for part in ("query", "key", "value") for name in ("weight", "bias")),
@@ -53,7 +60,7 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
     if not torch.compiler.is_compiling():
         if torch._C._get_tracing_state() is not None:
             return "torch.jit is tracing"
-    elif torch.compiler.is_exporting():
+    elif torch.compiler._is_exporting_flag:  # what is_exporting() says, but under Dynamo of torch 2.10, which takes it for true
         return "torch.export: the graph stays portable"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks:
         return "a global module hook is registered"
@@ -61,22 +68,21 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
         attention, dynamics, communication = cell.stages()
         parts, talk = attention._modules, communication._modules
         reading = parts["query"], parts["key"], parts["value"]
-        talking = (talk["query"], talk["key"], talk["value"], talk["output"]) if communication.num_heads else ()
+        talking = (talk["query"], talk["key"], talk["value"], talk["output"]) if talk else ()
         modules = (attention, *reading, dynamics, communication, *talking)
-        kinds = tuple(map(type, modules))
-        if kinds not in KINDS:
-            return f"its modules are not what they were: {', '.join(kind.__name__ for kind in kinds)}"
+        if tuple(map(type, modules)) not in KINDS:
+            return oddity(cell)
         for module in modules:
             if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-                return f"a hook is registered in a {type(module).__name__}"
+                return oddity(cell)
         gates = dynamics._parameters
         parameters: list[Tensor | None] = [
             *[module._parameters[name] for module in reading for name in ("weight", "bias")],
             *(gates["weight_ih"], gates["weight_hh"], gates["bias_ih"], gates["bias_hh"], gates.get("weight_hr")),
             *([module._parameters["weight"] for module in talking] or (None,) * 4),
         ]
-    except KeyError:  # something was put in its place, as pruning does
-        return "a parameter is not where the cell keeps it"
+    except (KeyError, AttributeError):  # something was put in its place
+        return oddity(cell)
     absent, dtype, on_cpu = 0, input.dtype, input.is_cpu
     for tensor in (input, *state, *parameters):
         if tensor is None:
@@ -86,9 +92,28 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu:
             return "the tensors differ in dtype or device"
-    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if talking else 4):
-        return "a parameter is not where the cell keeps it"
+    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if communication.num_heads else 4):
+        return oddity(cell)
     return parameters
+
+
+def oddity(cell: Any) -> str:
+    """What about a cell keeps its parameters from telling all of a call, in words: :func:`plain_parameters` only sees that."""
+    for path, kinds in MODULES.items():
+        module = cell
+        for name in path.split("."):
+            module = module._modules.get(name)
+            if module is None:
+                break
+        if module is None:
+            if path.startswith("communication.") and not cell._modules["communication"].num_heads:
+                continue
+            return f"{path} is missing"
+        if type(module) not in kinds:
+            return f"{path} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"a hook is registered in {path}"
+    return "a parameter is not where the cell keeps it"  # as after pruning
 
 
 def scan(

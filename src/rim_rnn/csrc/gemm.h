@@ -112,7 +112,7 @@ void columns(const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_ste
       const T* column[together];
       for (int c = 0; c < together; ++c) column[c] = B.data + (begin + c < left ? first + begin + c : 0) * B.ld;
       Vec<T> total[R][together] = {};
-      vectors<T>(B.inner, [&](int i, int left_) {
+      each_vector<T>(B.inner, [&](int i, int left_) {
         Vec<T> b[together];
 #pragma GCC unroll 4
         for (int c = 0; c < together; ++c) b[c] = load(column[c] + i, left_);

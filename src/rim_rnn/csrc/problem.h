@@ -83,7 +83,7 @@ struct Problem {
 
 constexpr int PHASES = 5;  // of a step of forward: step.h
 
-// The kernels of one instruction set. Tasks may run on several threads, each call after the one before.
+// The kernels of one instruction set. Tasks may run on several threads; those of one call end before those of the next begin.
 template <class T>
 struct Kernels {
   int64_t (*setup)(const Problem<T>&, void* storage, bool backward);  // bytes of storage; lays it out where it is not null

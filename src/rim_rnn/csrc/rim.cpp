@@ -37,6 +37,9 @@ std::string shape_of(const AnyShape& shape) {
 
 [[noreturn]] void fail(const std::string& message) { throw std::runtime_error("rim_rnn: " + message); }
 
+template <class T>
+int32_t dtype_of() { return sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(); }
+
 // A tensor as contiguous memory of the right type and shape.
 template <class T>
 class Input {
@@ -51,7 +54,7 @@ class Input {
     int32_t dtype;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor->get(), &dtype));
     if (!tensor->is_cpu()) fail(std::string(name) + " should be on the CPU");
-    if (dtype != (sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64())) fail(std::string(name) + " should have the dtype of input");
+    if (dtype != dtype_of<T>()) fail(std::string(name) + " should have the dtype of input");
     const auto got = tensor->sizes();
     if (!std::equal(got.begin(), got.end(), shape.begin(), shape.end()))
       fail(std::string(name) + " should have shape " + shape_of(shape) + ", got " + shape_of(got));
@@ -216,13 +219,13 @@ struct Call {
     if (s.in_place) s.fold_key = s.fold_value = false;
     const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
     const double threads = torch::stable::get_num_threads();
-    // Ten microseconds of work are worth a thread for a block, or in every step for a hand.
+    // A block is worth a thread where it has tens of microseconds of work in all, a hand where it has a few in every step.
     const double blocks = std::min({threads, double(s.batch), std::floor(passes * rows * step / 2e6) + 1});
     const double hands = std::min({threads, double(s.n), std::floor(double(s.batch) * step / 1.5e5) + 1});
-    // In rows' worth of work: the weights take as long to fetch as three rows do, and hands wait for each other.
-    const bool share = s.in_place && !backward && std::max<double>(s.batch, 3) / hands + 0.5 < std::max(s.batch / blocks, 3.0);
-    s.blocks = share ? 1 : int(blocks);
-    s.hands = share ? int(hands) : 1;
+    // In rows' worth of work: to fetch all weights takes as long as three rows do, and the waits of a step half a row.
+    const bool by_units = s.in_place && !backward && std::max<double>(s.batch, 3) / hands + 0.5 < std::max(s.batch / blocks, 3.0);
+    s.blocks = by_units ? 1 : int(blocks);
+    s.hands = by_units ? int(hands) : 1;
   }
 };
 
@@ -240,10 +243,10 @@ void parallel(int64_t tasks, bool alone, const F& task) {
 
 // Contiguous memory on the CPU. Straight from the C functions of the ABI: torch::stable::empty looks its operator up by name.
 template <class AnyShape = Braces>
-Tensor empty(const AnyShape& shape, ScalarType type) {
+Tensor empty(const AnyShape& shape, int32_t dtype) {
   int64_t strides[3], stride = 1;
+  if (shape.size() > 3) fail("a result of more than 3 dimensions");
   for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), &*shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
@@ -262,17 +265,17 @@ Results scan_as(const Arguments& a, bool save) {
   Call<T> call(a, false);
   Problem<T>& problem = call.problem;
   const Sizes& s = problem.s;
-  const ScalarType type = a.input.scalar_type();
+  const int32_t type = dtype_of<T>();
   const Tensor output = empty(call.output_shape, type), last_h = empty({s.batch, int64_t(s.n) * s.p}, type);
   const Tensor last_c = empty({s.lstm ? s.batch : 0, int64_t(s.n) * s.u}, type);
   Tensor winners = output, saved = output;  // of no use where nothing is saved
-  if (save) winners = empty({s.total, s.k}, ScalarType::Int), saved = empty({Saved<T>::size(s)}, type);
+  if (save) winners = empty({s.total, s.k}, aoti_torch_dtype_int32()), saved = empty({Saved<T>::size(s)}, type);
   problem.output = data<T>(output), problem.last_h = data<T>(last_h), problem.last_c = data<T>(last_c);
   problem.save = save;
   if (save) problem.saved = Saved<T>::in(data<T>(saved), data<int32_t>(winners), s);
 
   const Kernels<T>& run = kernels<T>();
-  const Tensor storage = empty({run.setup(problem, nullptr, false)}, ScalarType::Byte);
+  const Tensor storage = empty({run.setup(problem, nullptr, false)}, aoti_torch_dtype_uint8());
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, false);
   if (!s.in_place) parallel(s.n + 1, s.blocks == 1, [&](int64_t task) { run.prepare(at, int(task)); });
@@ -289,7 +292,7 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   Call<T> call(a, true);
   Problem<T>& problem = call.problem;
   const Sizes& s = problem.s;
-  const ScalarType type = a.input.scalar_type();
+  const int32_t type = dtype_of<T>();
   const Input<T> given_output("grad_output", grad_output, call.output_shape, grad_output.has_value());
   const Input<T> given_h("grad_h_n", grad_h, {s.batch, int64_t(s.n) * s.p}, grad_h.has_value());
   const Input<T> given_c("grad_c_n", grad_c, {s.batch, int64_t(s.n) * s.u}, s.lstm && grad_c.has_value());
@@ -325,7 +328,7 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   g.comm_query = like(a.comm_query), g.comm_key = like(a.comm_key), g.comm_value = like(a.comm_value), g.comm_output = like(a.comm_output);
 
   const Kernels<T>& run = kernels<T>();
-  const Tensor storage = empty({run.setup(problem, nullptr, true)}, ScalarType::Byte);
+  const Tensor storage = empty({run.setup(problem, nullptr, true)}, aoti_torch_dtype_uint8());
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, true);
   const bool alone = s.blocks == 1;

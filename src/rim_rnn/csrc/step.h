@@ -1,9 +1,9 @@
 // One step of a RIM for one block of the batch, its four stages in the paper's order, then their gradients in reverse.
 //
-// A block of the batch goes through all steps alone, on one thread, so steps need no synchronisation and a batch row never
-// meets another. Where rows are few, several hands share a block: each has some of the units and some of the rows for its own,
-// and they wait for each other between the phases of a step. Symbols are those of problem.h; i counts rows of the block, j units, m units that are read, and inside a
-// unit r counts its rows, winners first.
+// A batch row never meets another, so a block of the batch goes through all steps alone, on one thread that waits for nobody.
+// Where rows are few, several hands, a thread each, share a block instead: each has some of the units and some of the rows for
+// its own, and they wait for each other between the phases of a step. Symbols are those of problem.h; i counts rows of the
+// block, j units, m units that are read, and inside a unit r counts its rows, winners first.
 #pragma once
 
 #include "weights.h"
@@ -20,8 +20,8 @@ struct Panel {
 
   Panel() = default;
   Panel(Arena& arena, int cols_a, int cols_b, int rows_per_step, int64_t steps) {
-    const int enough = (255 + rows_per_step) / rows_per_step;
-    capacity = rows_per_step * (steps < enough ? int(steps) : enough);
+    const int64_t all = rows_per_step * steps, enough = 255 + rows_per_step;  // grow with the rows of a block
+    capacity = int(all < enough ? all : enough);
     ld_a = pad<T>(cols_a), ld_b = pad<T>(cols_b) + WIDTH<T>;
     A = arena.take<T>(int64_t(capacity) * ld_a);
     B = arena.take<T>(int64_t(capacity) * ld_b);
@@ -76,7 +76,7 @@ struct Block {
 
   Block(const Problem<T>& problem_, const Weights<T>& W_, Arena& shared, Arena& arena, int block_, int hand_, bool backward)
       : problem(problem_), s(problem_.s), W(W_), block(block_), hand(hand_), most(int((s.batch - block_ + s.blocks - 1) / s.blocks)),
-        first_unit(s.n * hand_ / s.hands), last_unit(s.n * (hand_ + 1) / s.hands), n(s.n), k(s.k), u(s.u), p(s.p), p1(s.p1()), in1(s.in1()), K(s.K()), H(s.heads) {
+        first_unit(int(int64_t(s.n) * hand_ / s.hands)), last_unit(int(int64_t(s.n) * (hand_ + 1) / s.hands)), n(s.n), k(s.k), u(s.u), p(s.p), p1(s.p1()), in1(s.in1()), K(s.K()), H(s.heads) {
     const int64_t R = most;
     const int slack = WIDTH<T>;
     ld_x = pad<T>(in1), ld_key = pad<T>(H * s.key), ld_value = pad<T>(H * s.value), ld_query = pad<T>(H * s.S());
@@ -178,7 +178,7 @@ struct Block {
   }
 
   // Competition: the k highest bids win, a bid being the score averaged over heads; ties to the lowest unit, NaN below all.
-  // Every hand sees who won, and who each winner is to it.
+  // Every hand finds all of this out for itself, so that all of them number a unit's winners alike.
   void competition() {
     for (int j = 0; j < n; ++j) won[j] = 0;
     for (int i = 0; i < rows; ++i) {
@@ -225,7 +225,7 @@ struct Block {
     for (int head = 0; head < H; ++head, to += s.F()) {
       const T* feature = value_of(i, head);
       const T coefficient = a[head] * kept(i, j, head);
-      vectors<T>(s.F(), [&](int f, int left) { store(to + f, coefficient * load(feature + f, left), left); });
+      each_vector<T>(s.F(), [&](int f, int left) { store(to + f, coefficient * load(feature + f, left), left); });
     }
   }
   // What dropout scales a_input with.
@@ -290,7 +290,8 @@ struct Block {
     }
   }
 
-  // Communication, equations 5 and 6: winners ask, every unit is read; h = h~ + softmax(query . key / sqrt(key size)) value W^o.
+  // Communication, equations 5 and 6: h = h~ + softmax(query . key / sqrt(key size)) value W^o.
+  // Winners ask, every unit shows: the queries, keys and values.
   void ask_and_show() {
     for (int j = first_unit; j < last_unit && s.comm_heads; ++j) {
       const int count = won[j];
@@ -299,7 +300,8 @@ struct Block {
       multiply(count, state, ld_state, W.unit[j].ask, of_unit(ask, j, ld_ask), ld_ask);
     }
   }
-  void communication() {
+  // The attention, row by row: what each winner's heads hear.
+  void exchange() {
     for (int i = first_row; i < last_row && s.comm_heads; ++i) {
       for (int a = 0; a < k; ++a) {
         const int j = winners[i * k + a], r = place[i * n + j];
@@ -314,6 +316,7 @@ struct Block {
       gather_units(probabilities, s.e(), s.comm_value, hearing);
     }
   }
+  // What was heard, through W^o, onto the winners' states.
   void take_up() {
     for (int j = first_unit; j < last_unit && s.comm_heads; ++j) {
       multiply(won[j], of_unit(heard, j, ld_heard), ld_heard, W.unit[j].output, state, ld_state);
@@ -433,7 +436,7 @@ struct Block {
     }
   }
   // The first and the last states of this hand's units.
-  void begin() {
+  void first_states() {
     for (int i = 0; i < most; ++i)
       for (int j = first_unit; j < last_unit; ++j) {
         copy(state_of(i, j), problem.h + (batch_row(i) * n + j) * p, p);
@@ -441,39 +444,41 @@ struct Block {
         if (s.lstm) copy(cell_of(i, j), problem.c + (batch_row(i) * n + j) * u, u);
       }
   }
-  void end() const {
+  void last_states() const {
     for (int i = 0; i < most; ++i)
       for (int j = first_unit; j < last_unit; ++j) {
         copy(problem.last_h + (batch_row(i) * n + j) * p, state_of(i, j), p);
         if (s.lstm) copy(problem.last_c + (batch_row(i) * n + j) * u, cell_of(i, j), u);
       }
   }
+  enum Phase { PROJECT, BID, RUN, EXCHANGE, TAKE_UP };
+  static_assert(TAKE_UP + 1 == PHASES, "as problem.h has it");
   // Phases [from, to) of all steps, each of which has PHASES: what one needs of the other hands, they did in phases before.
   void forward(int64_t from, int64_t to) {
     for (int64_t phase = from; phase < to; ++phase) {
       const int64_t step = phase / PHASES;
       at_step(s.reverse ? s.steps - 1 - step : step);
       switch (phase % PHASES) {
-        case 0:
-          if (step == 0) begin();
+        case PROJECT:
+          if (step == 0) first_states();
           project();
           break;
-        case 1:
+        case BID:
           input_attention();
           break;
-        case 2:
+        case RUN:
           competition();
           dynamics();
           ask_and_show();
           break;
-        case 3:
-          communication();
+        case EXCHANGE:
+          exchange();
           break;
-        case 4:
+        case TAKE_UP:
           take_up();
           for (int i = 0; i < rows; ++i)
             for (int j = first_unit; j < last_unit; ++j) copy(problem.output + (position(i) * n + j) * p, state_of(i, j), p);
-          if (step == s.steps - 1) end();
+          if (step == s.steps - 1) last_states();
       }
     }
   }
@@ -639,7 +644,7 @@ struct Block {
         const T dscore = da * a[head] * (1 - a[head]) * T(s.input_scale);
         const T* key_ = key_of(i, head);
         T* dquery = queries.b(r) + head * S;
-        vectors<T>(S, [&](int d, int left) { store(dquery + d, dscore * load(key_ + d, left), left); });
+        each_vector<T>(S, [&](int d, int left) { store(dquery + d, dscore * load(key_ + d, left), left); });
         add(s.fold_value ? dx + i * ld_x : value_panel.a(i) + head * s.value, dread, F, a[head] * keep);
         add(s.fold_key ? dx + i * ld_x : key_panel.a(i) + head * s.key, query + r * ld_query + head * S, S, dscore);
       }

@@ -85,7 +85,7 @@ RIM_INLINE void store(T* p, Vec<T> v, int left) {
 
 // each(d, left) for every vector of `size` elements from 0: `left` is known to the compiler for all but a last, shorter one.
 template <class T, class F>
-RIM_INLINE void vectors(int size, const F& each) {
+RIM_INLINE void each_vector(int size, const F& each) {
   int d = 0;
   for (; d + WIDTH<T> <= size; d += WIDTH<T>) each(d, WIDTH<T>);
   if (d < size) each(d, size - d);
@@ -133,12 +133,12 @@ RIM_INLINE Vec<T> sums(Vec<T>* v) {
 template <class T>
 RIM_INLINE T dot(const T* a, const T* b, int size) {
   Vec<T> total{};
-  vectors<T>(size, [&](int d, int left) { total += load(a + d, left) * load(b + d, left); });
+  each_vector<T>(size, [&](int d, int left) { total += load(a + d, left) * load(b + d, left); });
   return sum<T>(total);
 }
 template <class T>
 RIM_INLINE void copy(T* to, const T* from, int size) {
-  vectors<T>(size, [&](int d, int left) { store(to + d, load(from + d, left), left); });
+  each_vector<T>(size, [&](int d, int left) { store(to + d, load(from + d, left), left); });
 }
 template <class T>
 RIM_INLINE void zero(T* to, int64_t size) {
@@ -147,7 +147,7 @@ RIM_INLINE void zero(T* to, int64_t size) {
 // to += scale * from
 template <class T>
 RIM_INLINE void add(T* to, const T* from, int size, T scale = 1) {
-  vectors<T>(size, [&](int d, int left) { store(to + d, load(to + d, left) + scale * load(from + d, left), left); });
+  each_vector<T>(size, [&](int d, int left) { store(to + d, load(to + d, left) + scale * load(from + d, left), left); });
 }
 
 // exp(x) - 1 = 2^m (exp(r) - 1) + (2^m - 1) with x = m ln 2 + r and |r| <= ln(2)/2; exp(r) - 1 by its Taylor series.
