@@ -388,6 +388,37 @@ def test_a_case_has_a_process_of_its_own_that_may_keep_its_memory(monkeypatch: p
     assert os.environ.items() >= measure.KEEPS_MEMORY.items()
 
 
+@pytest.mark.parametrize("section", measure.SECTIONS)
+def test_every_case_is_measured_in_its_own_size(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in a tiny one only where --smoke asks for that."""
+    measured: list[Case] = []
+
+    def note(case: Case, args: Any) -> dict[str, Any]:
+        measured.append(case)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(measure.MEASURES, section, note)
+    monkeypatch.setattr(measure, "apart", measure.here)
+    planned = next(iter(measure.points()[section].values()))
+    for smoke in ([], ["--smoke"]):
+        argv = [
+            section,
+            *smoke,
+            "--rival",
+            str(tmp_path),
+            "--threads",
+            "1",
+            "--path",
+            "readable",
+            "--out",
+            str(tmp_path / str(smoke)),
+        ]
+        (tmp_path / "RIM.py").touch()
+        with pytest.raises(KeyboardInterrupt):
+            measure.main(argv)
+    assert measured == [planned, cases.shrink(planned)]
+
+
 def test_an_ablation_has_to_compute_the_same(ablate: Any) -> None:
     cheat = ONE_PRODUCT._replace(edits=(("communication.py", "/ math.sqrt(self.key_size)", "/ self.key_size"),))
     with pytest.raises(RuntimeError, match=r"one product .*: paper does not compute the same without it"):

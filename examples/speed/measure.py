@@ -344,10 +344,8 @@ def run(args: argparse.Namespace, path: Path, document: dict[str, Any]) -> None:
                 continue
             if args.resume and name in entries and document["runs"][entries[name]["run"]]["commit"] == about["commit"]:
                 continue
-            entries[name] = {
-                "run": now,
-                **(here(section, shrink(case), args) if args.smoke or section == "memory" else apart(section, case, args)),
-            }
+            take = here if args.smoke or section == "memory" else apart  # memory has processes of its own
+            entries[name] = {"run": now, **take(section, shrink(case) if args.smoke else case, args)}
             document[section] = {known: entries[known] for known in points()[section] if known in entries}
             write(path, document)
             print(f"{section} {name}: {show.line(entries[name])}", flush=True)
