@@ -257,21 +257,20 @@ def scaling_table(document: Entry, stem: str) -> str:
 
 def calls_table(document: Entry, stem: str) -> str:
     """One step: of almost nothing, and as its rows double; and what is left where the rest of a forward cost no time."""
-    forward, train = WAYS.values()
-    of = (" of `RIM`", " of `nn.LSTM`", ", `nn.LSTM` / `RIM`")
-    head = ["one step", *(forward + name for name in of), "nothing + floor", "`nn.LSTM` / that", *(train + name for name in of)]
-    rows = [head]
-    calls = document.get("calls", {})
-    for entry in calls.values():
-        row = [entry["sizes"]]
-        for way in WAYS:
-            row += [f"{figure(1e3 * milliseconds(entry, way, name))} μs" for name in ("RIM", "torch")]
-            row += [times(ratios(entry, way)[1])]
+    parts = []
+    for way, title in WAYS.items():
+        rows = [[f"one step, {title}", "`RIM`", "`nn.LSTM`", "`nn.LSTM` / `RIM`"]]
+        rows[0] += ["nothing + floor", "`nn.LSTM` / that"] * (way == "forward")
+        for entry in document.get("calls", {}).values():
+            ours, torchs = (milliseconds(entry, way, name) for name in ("RIM", "torch"))
+            row = [entry["sizes"], f"{figure(1e3 * ours)} μs", f"{figure(1e3 * torchs)} μs", times(ratios(entry, way)[1])]
             if way == "forward":
-                least = milliseconds(calls["nothing"], way, "RIM") + floor(entry, way, "RIM, winners only")
-                row += [f"{figure(1e3 * least)} μs", times(milliseconds(entry, way, "torch") / least)]
-        rows.append(row)
-    return grid(rows, 1) if calls else NOT_YET
+                nothing = milliseconds(document["calls"]["nothing"], way, "RIM")
+                least = nothing + floor(entry, way, "RIM, winners only")
+                row += [f"{figure(1e3 * least)} μs", times(torchs / least)]
+            rows.append(row)
+        parts.append(grid(rows, 1))
+    return "\n\n".join(parts) if "calls" in document else NOT_YET
 
 
 def ablations_table(document: Entry, stem: str) -> str:
