@@ -256,7 +256,7 @@ class RIMCell(nn.Module, Generic[StateT]):
             stage.reset_parameters()
 
     def stages(self) -> tuple[InputAttention, Dynamics, Communication]:
-        """The modules of section 2 in its order, found at once: an attribute of a module is looked for in three places."""
+        """The modules of section 2 in its order, without the search of ``nn.Module.__getattr__`` for each of them."""
         stages: Any = self._modules
         return stages["input_attention"], stages["dynamics"], stages["communication"]
 

@@ -305,7 +305,7 @@ class RIM(nn.Module, Generic[StateT]):
         return "native" if reason is None else f"readable: {reason}"
 
     def _cells(self) -> list[RIMCell[Any]]:
-        cells: Any = self._modules["cells"]  # found at once, as RIMCell.stages
+        cells: Any = self._modules["cells"]  # without a search, as RIMCell.stages
         return list(cells)
 
     def _check_input(self, input: object, weight: Tensor) -> None:

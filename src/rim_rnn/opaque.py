@@ -37,6 +37,7 @@ MODULES: dict[str, tuple[type[nn.Module], ...]] = {
 """A cell's modules and what they have to be. Those of the communication come last: without heads it has none."""
 
 KINDS = {kinds[:length] for kinds in product(*MODULES.values()) for length in (len(MODULES) - 4, len(MODULES))}
+"""The same by position, for one look-up."""
 
 PARAMETERS = (
     *(f"input_attention.{part}.{name}" for part in ("query", "key", "value") for name in ("weight", "bias")),
@@ -98,7 +99,7 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
 
 
 def oddity(cell: Any) -> str:
-    """What about a cell keeps its parameters from telling all of a call, in words: :func:`plain_parameters` only sees that."""
+    """Why a cell's parameters do not tell all of a call, in words: :func:`plain_parameters` only sees that it is so."""
     for path, kinds in MODULES.items():
         module = cell
         for name in path.split("."):

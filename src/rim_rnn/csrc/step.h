@@ -76,7 +76,8 @@ struct Block {
 
   Block(const Problem<T>& problem_, const Weights<T>& W_, Arena& shared, Arena& arena, int block_, int hand_, bool backward)
       : problem(problem_), s(problem_.s), W(W_), block(block_), hand(hand_), most(int((s.batch - block_ + s.blocks - 1) / s.blocks)),
-        first_unit(int(int64_t(s.n) * hand_ / s.hands)), last_unit(int(int64_t(s.n) * (hand_ + 1) / s.hands)), n(s.n), k(s.k), u(s.u), p(s.p), p1(s.p1()), in1(s.in1()), K(s.K()), H(s.heads) {
+        first_unit(int(int64_t(s.n) * hand_ / s.hands)), last_unit(int(int64_t(s.n) * (hand_ + 1) / s.hands)),
+        n(s.n), k(s.k), u(s.u), p(s.p), p1(s.p1()), in1(s.in1()), K(s.K()), H(s.heads) {
     const int64_t R = most;
     const int slack = WIDTH<T>;
     ld_x = pad<T>(in1), ld_key = pad<T>(H * s.key), ld_value = pad<T>(H * s.value), ld_query = pad<T>(H * s.S());
