@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import assert_identical
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rim_rnn import RIM, RIMCell, native, record
-from rim_rnn.opaque import PARAMETERS
+from rim_rnn.opaque import PARAMETERS, UNROLLED
+from rim_rnn.recording import Record
 
 pytestmark = pytest.mark.skipif(native._unavailable is not None, reason=str(native._unavailable))
 
@@ -122,6 +124,60 @@ def test_float32_within_rounding(rnn_cell: str, input_size: int, steps: int) -> 
     """At the default sizes of a common cell, with the long panels of weight gradients in use (40 steps of 16 rows)."""
     cell = make(input_size=input_size, hidden_size=96, num_units=6, k=4, rnn_cell=rnn_cell, dtype=torch.float32)
     assert_equal_paths(cell, torch.randn(steps, 16, input_size), states(cell, 16), tolerance=2e-5)
+
+
+def forward_and_backward(rnn: RIM[Any], x: Tensor) -> tuple[list[Tensor], Record]:
+    """Outputs, last states and gradients; and the record."""
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(2)  # of the dropouts
+    with record(rnn) as records:
+        output, last = rnn(leaf)
+    results = [output, *(last if isinstance(last, tuple) else (last,))]
+    torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+    return [*results, *(t.grad for t in (leaf, *rnn.parameters()) if t.grad is not None)], records[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU"}, {"proj_size": 8}, {"input_dropout": 0.5, "comm_dropout": 0.5}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_numbers_are_computed_in_float32(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Bit for bit what float32 makes of the same numbers, rounded at the end. Records are not rounded."""
+    rnn, wide = (RIM(5, 24, num_units=4, k=3, dtype=d, **options) for d in (dtype, torch.float32))
+    wide.load_state_dict(rnn.state_dict())
+    x = torch.randn(6, 3, 5, dtype=dtype)
+    assert rnn.path(x) == "native"
+    ours, seen = forward_and_backward(rnn, x)
+    theirs, expected = forward_and_backward(wide, x.float())
+    assert len(ours) == len(theirs) > len(list(rnn.parameters()))
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype is dtype
+        assert torch.equal(our, their.to(dtype))
+    assert_identical(list(seen), list(expected))
+
+
+@pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
+def test_autocast_leaves_float32_as_it_is(rnn_cell: str) -> None:
+    """Only results are rounded, to what torch's own layer returns under autocast."""
+    rnn = RIM(5, 24, num_units=4, rnn_cell=rnn_cell)
+    x = torch.randn(6, 3, 5)
+    expected, _ = rnn(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert rnn.path(x) == "native"
+        output, _ = rnn(x)
+        like, _ = getattr(nn, rnn_cell)(5, 24)(x)
+    assert torch.equal(output, expected.to(like.dtype))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_narrow_numbers_and_autocast_compile(autocast: bool) -> None:
+    """Many steps are one node of the graph there too."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    rnn, x = RIM(5, 24, num_units=4, dtype=dtype), torch.randn(UNROLLED + 4, 3, 5, dtype=dtype)
+    graphs = []
+    compiled = torch.compile(rnn, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)  # type: ignore[func-returns-value]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert_identical(compiled(x), rnn(x))
+    (graph,) = graphs
+    assert sum("rim_rnn" in str(node.target) for node in graph.graph.nodes) == 1
 
 
 @pytest.mark.parametrize(
@@ -466,7 +522,6 @@ class Silent(nn.Module):
 
 
 REASONS = [
-    Reason("bfloat16", dtype=torch.bfloat16),
     Reason("hook is registered in communication", lambda cell: cell.communication.register_forward_hook(lambda *a: None)),
     Reason(
         "hook is registered in input_attention.query",
@@ -502,13 +557,11 @@ def test_declines_with_a_reason(reason: Reason) -> None:
     assert reason.word in given_reason
 
 
-def test_transforms_and_autocast_are_declined() -> None:
+def test_transforms_are_declined() -> None:
     cell = make()
     x, state = torch.randn(2, 2, 5, dtype=torch.float64), states(cell, 2)
     assert native.supports(cell, x, state) is None
     assert "empty" in str(native.supports(cell, x[:, :0], state))
-    with torch.autocast("cpu"):
-        assert native.supports(cell, x, state) == "autocast is on"
     with native.readable():
         assert native.supports(cell, x, state) == "switched off"
     with torch.autograd.forward_ad.dual_level():

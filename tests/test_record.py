@@ -42,18 +42,21 @@ def test_recording_changes_no_bit_of_outputs_or_gradients(rnn_cell: str, p: floa
     assert_identical(run(), before)
 
 
-def test_shapes_and_dtypes() -> None:
-    rnn = layer(num_layers=2, bidirectional=True).bfloat16()
-    with record(rnn) as records:
-        rnn(torch.randn(5, 6, 3).bfloat16())
+@pytest.mark.parametrize("autocast", [False, True])
+def test_shapes_and_dtypes(autocast: bool) -> None:
+    rnn, x = layer(num_layers=2, bidirectional=True), torch.randn(5, 6, 3)
+    if not autocast:
+        rnn, x = rnn.bfloat16(), x.bfloat16()
+    with record(rnn) as records, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rnn(x)
     (seen,) = records
     assert seen._fields == ("active", "input_attention", "communication")
     assert seen.active.shape == (4, 5, 6, 4)
     assert seen.input_attention.shape == (4, 5, 6, 4)
     assert seen.communication.shape == (4, 5, 6, 2, 4, 4)
     assert seen.active.dtype is torch.bool
-    assert seen.input_attention.is_floating_point()
-    assert seen.communication.is_floating_point()
+    assert seen.input_attention.dtype is torch.float32
+    assert seen.communication.dtype is torch.float32
 
 
 def test_batch_first_leaves_records_time_first() -> None:

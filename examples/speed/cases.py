@@ -26,6 +26,7 @@ class Case:
     num_units: int | None = None
     k: int | None = None
     value_size_comm: int | None = None
+    dtype: str = "float32"
 
     @property
     def lengths(self) -> list[int]:
@@ -42,6 +43,7 @@ class Case:
         extra = [f"{self.num_layers} layers"] * (self.num_layers > 1)
         extra += ["both directions"] * self.bidirectional + [self.rnn_cell] * (self.rnn_cell != "LSTM")
         extra += [f"packed, lengths {self.shortest} to {self.steps}"] * (self.shortest > 0)
+        extra += [self.dtype] * (self.dtype != "float32")
         sizes = f"T={self.steps}, N={self.batch}, {self.input_size} → {self.hidden_size}"
         return ", ".join([sizes, *extra])
 
@@ -58,6 +60,7 @@ CASES = {
     "act16": Case(1, 16, 64, 256),
     "bidirectional": replace(PAPER, bidirectional=True),
     "gru": replace(PAPER, rnn_cell="GRU"),
+    "bfloat16": Case(196, 64, 64, 600, dtype="bfloat16"),
 }
 
 # Everything is doubled from here, one size at a time.
@@ -81,7 +84,7 @@ def shrink(case: Case) -> Case:
 
 def build(name: str, case: Case) -> nn.Module:
     """`"RIM"`, or `"torch"`: the `nn.LSTM` or `nn.GRU` of the same sizes."""
-    shared = {"num_layers": case.num_layers, "bidirectional": case.bidirectional}
+    shared = {"num_layers": case.num_layers, "bidirectional": case.bidirectional, "dtype": getattr(torch, case.dtype)}
     if name == "RIM":
         own = {"num_units": case.num_units, "k": case.k, "value_size_comm": case.value_size_comm}
         return RIM(case.input_size, case.hidden_size, **shared, rnn_cell=case.rnn_cell, **own)
@@ -93,9 +96,9 @@ class Data:
 
     def __init__(self, case: Case) -> None:
         random = torch.Generator().manual_seed(0)
-        x = torch.randn(case.steps, case.batch, case.input_size, generator=random)
+        x = torch.randn(case.steps, case.batch, case.input_size, generator=random).to(getattr(torch, case.dtype))
         features = case.hidden_size * (2 if case.bidirectional else 1)
-        self.gradient = torch.randn(case.steps, case.batch, features, generator=random)
+        self.gradient = torch.randn(case.steps, case.batch, features, generator=random).to(x.dtype)
         self.input: Tensor | PackedSequence = x
         self.leaf = x
         if case.shortest:

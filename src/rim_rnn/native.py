@@ -20,6 +20,9 @@ from rim_rnn.units import divide
 
 State = tuple[Tensor, ...]
 
+NARROW = (torch.bfloat16, torch.float16)
+"""Computed in float32, where only the results are rounded. What autocast would lower stays in float32 as well."""
+
 
 def _load() -> str | None:
     """Load the operator. The reason why there is none, or ``None``."""
@@ -86,10 +89,6 @@ def _parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] |
         return "switched off"
     if not input.is_cpu:
         return f"the input is on {input.device}, not on the CPU"
-    if input.dtype is not torch.float32 and input.dtype is not torch.float64:
-        return f"the input is {input.dtype}, not float32 or float64"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
     return plain_parameters(cell, input, state)
 
 
@@ -123,6 +122,9 @@ def scan(
         return None
     c = state[1] if len(state) == 2 else None
     tensors, sizes = (input, state[0], c, *parameters, *cell.draw(input)), sizes_of(cell, batch_sizes, reverse)
+    narrow = input.dtype in NARROW
+    if narrow:
+        tensors = tuple([t if t is None else t.float() for t in tensors])
     traces: list[Trace] = []
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if differentiable or record:
@@ -133,6 +135,8 @@ def scan(
                 traces = _traces(cell, input, state[0], batch_sizes, reverse, output, winners, saved)
     else:
         output, h_n, c_n = torch.ops.rim_rnn.infer.default(*tensors, *sizes)
+    if narrow:
+        output, h_n, c_n = output.to(input.dtype), h_n.to(input.dtype), c_n.to(input.dtype)
     return output, (h_n,) if c is None else (h_n, c_n), traces
 
 

@@ -25,7 +25,7 @@ class Record(NamedTuple):
 
     Every tensor is detached and indexed ``[layer * num_directions + direction, time, batch, ...]``, whatever ``batch_first``
     says. Time is the input's own order, also for the reverse direction; padding of packed input is inactive and zero; the
-    batch is in the caller's order; an unbatched input has no batch dimension.
+    batch is in the caller's order; an unbatched input has no batch dimension. Attentions are in at least float32.
 
     Attributes:
         active: Whether a unit won, bool, ``(..., num_units)``; ``k`` of them at every step that is not padding.
@@ -92,13 +92,12 @@ def assemble(traces: list[list[Trace]], unsorted_indices: Tensor | None, batched
             whole = whole.index_select(2, unsorted_indices)
         return whole if batched else whole.squeeze(2)
 
-    readers = [[step.active.t()[:, None, :, None] for step in cell] for cell in traces]
-    communication = [
-        [torch.where(active, step.communication, 0.0) for active, step in zip(*pair, strict=True)]
-        for pair in zip(readers, traces, strict=True)
-    ]
+    def heard(step: Trace) -> Tensor:
+        readers = step.active.t()[:, None, :, None]
+        return torch.where(readers, step.communication.to(step.input_attention.dtype), 0.0)
+
     return Record(
         active=padded([[step.active.t() for step in cell] for cell in traces]),
         input_attention=padded([[step.input_attention.mean(-1).t() for step in cell] for cell in traces]),
-        communication=padded(communication),
+        communication=padded([[heard(step) for step in cell] for cell in traces]),
     )
