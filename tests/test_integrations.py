@@ -1,7 +1,8 @@
-"""The rest of torch: compile, export, autocast, torch.func, double backward, meta device, dtypes, threads."""
+"""The rest of torch: compile, export, jit.trace, autocast, torch.func, double backward, meta device, dtypes, threads."""
 
 from __future__ import annotations
 
+import io
 import threading
 from typing import Any
 
@@ -177,6 +178,19 @@ def test_export_with_a_dynamic_batch() -> None:
     for batch in (2, 9):
         x = torch.randn(3, batch, 3)
         torch.testing.assert_close(program.module()(x), rnn(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@kinds
+def test_jit_trace(kind: dict[str, Any]) -> None:
+    """As nn.LSTM: of any batch, once it is loaded again too; the number of steps is that of the trace."""
+    rnn, file = layer(kind, num_layers=2, bidirectional=True), io.BytesIO()
+    torch.jit.save(torch.jit.trace(rnn, torch.randn(3, 5, 3)), file)  # type: ignore[no-untyped-call]
+    file.seek(0)
+    traced = torch.jit.load(file)  # type: ignore[no-untyped-call]
+    for batch in (2, 9):
+        x = torch.randn(3, batch, 3)
+        assert_same(flat(traced(x)), flat(rnn(x)), rtol=1e-5, atol=1e-6)
 
 
 # Autocast and dtypes

@@ -395,8 +395,6 @@ class RIM(nn.Module, Generic[StateT]):
             records.append(assemble(traces, unsorted_indices, batched))
 
         state = tuple([s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*last, strict=True)])
-        if self.mode == "GRU" and x.requires_grad and not self.bidirectional:
-            x = x.clone()  # users of nn.GRU may change its output in place; the native operator keeps its own for backward
         if autocast_dtype(x.device):
             fused = self.mode == "LSTM" and batch_sizes is None and not self.proj_size
             dtypes = [autocast_result_dtype(given, x.device, lowered) for lowered in (fused or self.proj_size > 0, fused)]

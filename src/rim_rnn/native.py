@@ -237,6 +237,8 @@ class _Scan(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             results: tuple[Tensor, ...] = torch.ops.rim_rnn.scan.default(*inputs)
         _setup_context(ctx, inputs, results)
+        if inputs[2] is None:  # users of nn.GRU may change its output in place; backward reads the operator's own
+            results = results[0].clone(), *results[1:]
         return results
 
     backward = staticmethod(_backward)
