@@ -288,9 +288,10 @@ MUTANTS = [
     Mutant(
         "silent readers' rows are shown",
         RECORDING,
-        "torch.where(active, step.communication, 0.0) for active,",
-        "step.communication for active,",
+        "return torch.where(readers, step.communication.to(step.input_attention.dtype), 0.0)",
+        "return step.communication.to(step.input_attention.dtype)",
     ),
+    Mutant("the communication of a bfloat16 layer stays rounded", RECORDING, ".to(step.input_attention.dtype)", ""),
     Mutant(
         "the first head's input attention is recorded",
         RECORDING,

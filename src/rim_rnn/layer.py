@@ -306,7 +306,7 @@ class RIM(nn.Module, Generic[StateT]):
 
     def _cells(self) -> list[RIMCell[Any]]:
         cells: Any = self._modules["cells"]  # without a search, as RIMCell.stages
-        return list(cells)
+        return [*cells]  # list(cells) counts as a new object for the garbage collector, and is not counted back
 
     def _check_input(self, input: object, weight: Tensor) -> None:
         """What :class:`torch.nn.LSTM` demands of its input, in its words."""

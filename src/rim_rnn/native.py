@@ -121,10 +121,10 @@ def scan(
     if isinstance(parameters, str):
         return None
     c = state[1] if len(state) == 2 else None
-    tensors, sizes = (input, state[0], c, *parameters, *cell.draw(input)), sizes_of(cell, batch_sizes, reverse)
+    tensors, sizes = [input, state[0], c, *parameters, *cell.draw(input)], sizes_of(cell, batch_sizes, reverse)
     narrow = input.dtype in NARROW
     if narrow:
-        tensors = tuple([t if t is None else t.float() for t in tensors])
+        tensors = [t if t is None else t.float() for t in tensors]
     traces: list[Trace] = []
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if differentiable or record:

@@ -138,7 +138,7 @@ def scan(
 def sizes_of(cell: Any, batch_sizes: Sequence[int] | None, reverse: bool) -> tuple[Any, ...]:
     """The rest of the schema: what the shapes of the tensors do not tell."""
     input_attention, _, communication = cell.stages()
-    return list(batch_sizes or ()), cell.k, input_attention.num_heads, communication.num_heads, reverse
+    return [*(batch_sizes or ())], cell.k, input_attention.num_heads, communication.num_heads, reverse
 
 
 class _Scan(nn.Module):
