@@ -180,11 +180,23 @@ def test_export_with_a_dynamic_batch() -> None:
         torch.testing.assert_close(program.module()(x), rnn(x))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_compiled_gru_output_changed_in_place(batch_first: bool) -> None:
+    rnn = layer({"rnn_cell": "GRU"}, batch_first=batch_first)
+    compiled, x, gradients = torch.compile(rnn, backend="aot_eager"), torch.randn(4, 4, 3), []
+    for in_place in (False, True):
+        output, _ = compiled(x)
+        output = output.mul_(2) if in_place else output * 2
+        gradients.append(torch.autograd.grad(output.square().sum(), list(rnn.parameters())))
+    assert_same(*gradients)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @kinds
 def test_jit_trace(kind: dict[str, Any]) -> None:
     """As nn.LSTM: of any batch, once it is loaded again too; the number of steps is that of the trace."""
-    rnn, file = layer(kind, num_layers=2, bidirectional=True), io.BytesIO()
+    rnn, file = layer(kind, num_layers=2), io.BytesIO()
     torch.jit.save(torch.jit.trace(rnn, torch.randn(3, 5, 3)), file)  # type: ignore[no-untyped-call]
     file.seek(0)
     traced = torch.jit.load(file)  # type: ignore[no-untyped-call]

@@ -161,10 +161,25 @@ def test_autocast_leaves_float32_as_it_is(rnn_cell: str) -> None:
     x = torch.randn(6, 3, 5)
     expected, _ = rnn(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert rnn.path(x) == "native"
+        assert rnn.path(x) == rnn.path(x.bfloat16()) == "native"
         output, _ = rnn(x)
         like, _ = getattr(nn, rnn_cell)(5, 24)(x)
     assert torch.equal(output, expected.to(like.dtype))
+
+
+def test_gradients_that_have_gradients_are_those_of_the_same_winners_under_autocast() -> None:
+    rnn, x = RIM(6, 24, num_units=4, k=1), torch.randn(40, 16, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = [torch.autograd.grad(rnn(x)[0].float().square().sum(), x, create_graph=c)[0] for c in (False, True)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_of_narrow_cells_keeps_no_copies_of_weights() -> None:
+    cell, kept = RIMCell(5, 96, num_units=4, dtype=torch.bfloat16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        cell(torch.randn(1, 5, dtype=torch.bfloat16))
+    weights = sum(p.numel() * p.element_size() for p in cell.parameters())
+    assert sum(t.numel() * t.element_size() for t in kept if not any(t is p for p in cell.parameters())) < weights / 4
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -371,9 +386,10 @@ def test_a_bad_row_stays_alone(bad: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_row_gets_the_same_bits_in_every_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("steps", [2, 300])  # weights as they lie, whatever the batch; and weights packed
+def test_a_row_gets_the_same_bits_in_every_batch(dtype: torch.dtype, steps: int) -> None:
     cell = make(input_size=40, hidden_size=60, dtype=dtype, value_size_input=3, key_size_input=2)  # products not folded
-    x, state = torch.randn(5, 23, 40, dtype=dtype), states(cell, 23)
+    x, state = torch.randn(steps, 23, 40, dtype=dtype), states(cell, 23)
     output, last, _ = native.scan(cell, x, state)
     for rows in (slice(0, 1), slice(3, 10), slice(10, 23)):
         part, part_last, _ = native.scan(cell, x[:, rows], tuple(s[rows] for s in state))
@@ -562,6 +578,7 @@ def test_transforms_are_declined() -> None:
     x, state = torch.randn(2, 2, 5, dtype=torch.float64), states(cell, 2)
     assert native.supports(cell, x, state) is None
     assert "empty" in str(native.supports(cell, x[:, :0], state))
+    assert "complex64" in str(native.supports(cell, x.to(torch.complex64), state))
     with native.readable():
         assert native.supports(cell, x, state) == "switched off"
     with torch.autograd.forward_ad.dual_level():

@@ -100,4 +100,4 @@ def compete(score: Tensor, k: int) -> Tensor:
     if k == bids.size(0):
         return torch.ones_like(bids, dtype=torch.bool)
     winners = torch.sort(-bids, dim=0, stable=True).indices[:k]
-    return torch.zeros_like(bids, dtype=torch.bool).scatter(0, winners, 1)
+    return torch.zeros_like(bids, dtype=torch.bool).scatter(0, winners, 1)  # torch.jit takes no True there

@@ -300,13 +300,15 @@ class RIM(nn.Module, Generic[StateT]):
             'readable: ...'
         """
         x = input.data if isinstance(input, PackedSequence) else input
+        if autocast_dtype(x.device):
+            x = x.to(self._cells()[0].dynamics.weight_hh.dtype)
         reasons = (native.supports(cell, x, ()) for cell in self._cells())
         reason = next((r for r in reasons if r is not None), None)
         return "native" if reason is None else f"readable: {reason}"
 
     def _cells(self) -> list[RIMCell[Any]]:
         cells: Any = self._modules["cells"]  # without a search, as RIMCell.stages
-        return [*cells]  # list(cells) counts as a new object for the garbage collector, and is not counted back
+        return [*cells]  # list(cells) would let Python collect garbage more often
 
     def _check_input(self, input: object, weight: Tensor) -> None:
         """What :class:`torch.nn.LSTM` demands of its input, in its words."""
@@ -395,6 +397,8 @@ class RIM(nn.Module, Generic[StateT]):
             records.append(assemble(traces, unsorted_indices, batched))
 
         state = tuple([s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*last, strict=True)])
+        if self.mode == "GRU" and not self.bidirectional and (x.requires_grad or torch.jit.is_tracing()):  # type: ignore[attr-defined,no-untyped-call]
+            x = x.clone()  # users of nn.GRU may change its output in place; the native operator keeps its own for backward
         if autocast_dtype(x.device):
             fused = self.mode == "LSTM" and batch_sizes is None and not self.proj_size
             dtypes = [autocast_result_dtype(given, x.device, lowered) for lowered in (fused or self.proj_size > 0, fused)]

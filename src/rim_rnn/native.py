@@ -21,7 +21,7 @@ from rim_rnn.units import divide
 State = tuple[Tensor, ...]
 
 NARROW = (torch.bfloat16, torch.float16)
-"""Computed in float32, where only the results are rounded. What autocast would lower stays in float32 as well."""
+"""Computed in float32, and only the results are rounded."""
 
 
 def _load() -> str | None:
@@ -89,7 +89,14 @@ def _parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] |
         return "switched off"
     if not input.is_cpu:
         return f"the input is on {input.device}, not on the CPU"
+    if input.dtype not in (torch.float32, torch.float64, *NARROW):
+        return f"the input is {input.dtype}, not of a floating-point type"
     return plain_parameters(cell, input, state)
+
+
+def _widened(tensors: Sequence[Any]) -> Sequence[Any]:
+    """The tensors of the schema in a dtype that the operator computes in."""
+    return [t if t is None else t.float() for t in tensors] if tensors[0].dtype in NARROW else tensors
 
 
 def scan(
@@ -121,21 +128,22 @@ def scan(
     if isinstance(parameters, str):
         return None
     c = state[1] if len(state) == 2 else None
+    tensors: Sequence[Any]
     tensors, sizes = [input, state[0], c, *parameters, *cell.draw(input)], sizes_of(cell, batch_sizes, reverse)
-    narrow = input.dtype in NARROW
-    if narrow:
-        tensors = [t if t is None else t.float() for t in tensors]
     traces: list[Trace] = []
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    ours = differentiable and not torch.compiler.is_compiling()
+    if not ours:
+        tensors = _widened(tensors)
     if differentiable or record:
-        operator: Any = _Scan.apply if differentiable and not torch.compiler.is_compiling() else torch.ops.rim_rnn.scan.default
+        operator: Any = _Scan.apply if ours else torch.ops.rim_rnn.scan.default
         output, h_n, c_n, winners, saved = operator(*tensors, *sizes)
         if record:
             with torch.no_grad():
                 traces = _traces(cell, input, state[0], batch_sizes, reverse, output, winners, saved)
     else:
         output, h_n, c_n = torch.ops.rim_rnn.infer.default(*tensors, *sizes)
-    if narrow:
+    if input.dtype in NARROW:
         output, h_n, c_n = output.to(input.dtype), h_n.to(input.dtype), c_n.to(input.dtype)
     return output, (h_n,) if c is None else (h_n, c_n), traces
 
@@ -198,7 +206,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    *tensors, output, winners, saved = ctx.saved_tensors
+    *given, output, winners, saved = ctx.saved_tensors
+    tensors = _widened(given)
     without = None, None, *(None for _ in ctx.sizes)  # what dropout drew, and the sizes, have no gradient
     if torch.is_grad_enabled():  # exactly when the caller asked for create_graph
         found = _differentiate_readable(tensors, ctx.sizes, grads[:3], ctx.needs_input_grad)
@@ -212,20 +221,23 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     by_tensor = [None if t is None else next(results) for t in tensors[:-2]]
     if not ctx.needs_input_grad[0]:
         by_tensor[0] = None
-    return *by_tensor, *without
+    return *by_tensor, *without  # autograd rounds gradients to the dtype of what they belong to
 
 
 def _differentiate_readable(
-    tensors: list[Any], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    tensors: Sequence[Any], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients by way of the readable path, themselves differentiable: what double backward takes."""
-    results = run(tensors, sizes)
-    given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None]
-    wanted = wanted[: len(tensors) - 2]
-    differentiable = [t for t, want in zip(tensors, wanted, strict=False) if t is not None and want]
-    found = iter(
-        torch.autograd.grad([r for r, _ in given], differentiable, [g for _, g in given], create_graph=True, allow_unused=True)
-    )
+    with torch.autocast("cpu", enabled=False):  # forward was not lowered either
+        results = run(tensors, sizes)
+        given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None]
+        wanted = wanted[: len(tensors) - 2]
+        differentiable = [t for t, want in zip(tensors, wanted, strict=False) if t is not None and want]
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in given], differentiable, [g for _, g in given], create_graph=True, allow_unused=True
+            )
+        )
     return [next(found) if t is not None and want else None for t, want in zip(tensors, wanted, strict=False)]
 
 
@@ -235,10 +247,9 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            results: tuple[Tensor, ...] = torch.ops.rim_rnn.scan.default(*inputs)
+            tensors, sizes = _widened(inputs[:NUM_TENSORS]), inputs[NUM_TENSORS:]
+            results: tuple[Tensor, ...] = torch.ops.rim_rnn.scan.default(*tensors, *sizes)
         _setup_context(ctx, inputs, results)
-        if inputs[2] is None:  # users of nn.GRU may change its output in place; backward reads the operator's own
-            results = results[0].clone(), *results[1:]
         return results
 
     backward = staticmethod(_backward)

@@ -13,13 +13,15 @@ constexpr int MR = RIM_TILE_ROWS;  // a tile of C held in registers: MR rows of 
 constexpr int NV = RIM_TILE_VECTORS;
 
 // The right operand, (inner, cols). Panel q starts at data + q * panel and holds up to NV vectors of each row, `ld` apart
-// (`last_ld` in the last panel). Columns run on to a multiple of the vector width. Or, by columns, column c lies at data + c * ld.
+// (`last_ld` in the last panel). Packed, columns run on to a multiple of the vector width. Or, by columns, column c lies at
+// data + c * ld.
+enum Form { PACKED, BY_ROWS, BY_COLUMNS };
 template <class T>
 struct Matrix {
   const T* data;
   int inner, cols;
   int64_t panel, ld, last_ld;
-  bool by_columns;
+  Form form;
 };
 
 template <class T>
@@ -27,16 +29,16 @@ constexpr int64_t packed_size(int inner, int cols) {
   return int64_t(inner) * pad<T>(cols);
 }
 
-// As it lies in memory, rows `ld` apart; every row readable up to pad(cols).
+// As it lies in memory, rows `ld` apart. Nothing beyond `cols` is read, nor written to the product.
 template <class T>
 Matrix<T> in_place(const T* data, int inner, int cols, int64_t ld) {
-  return {data, inner, cols, NV * WIDTH<T>, ld, ld, false};
+  return {data, inner, cols, NV * WIDTH<T>, ld, ld, BY_ROWS};
 }
 
 // The transpose of what lies in memory, its rows `ld` apart.
 template <class T>
 Matrix<T> transposed(const T* data, int inner, int cols, int64_t ld) {
-  return {data, inner, cols, 0, ld, ld, true};
+  return {data, inner, cols, 0, ld, ld, BY_COLUMNS};
 }
 
 // A view of storage to be filled by pack().
@@ -44,7 +46,7 @@ template <class T>
 Matrix<T> panels(const T* storage, int inner, int cols) {
   constexpr int full = NV * WIDTH<T>;
   const int rest = cols % full;
-  return {storage, inner, cols, int64_t(inner) * full, full, rest ? pad<T>(rest) : full, false};
+  return {storage, inner, cols, int64_t(inner) * full, full, rest ? pad<T>(rest) : full, PACKED};
 }
 
 // Rows [row, row + rows) of packed B from `from`, whose element (r, c) lies at r * row_step + c * col_step; zeros beyond.
@@ -63,15 +65,20 @@ void pack(const Matrix<T>& B, int row, int rows, const T* from, int64_t row_step
   }
 }
 
-template <class T, int R, int N, bool BY_COLUMN>
-RIM_INLINE void tile(int inner, const T* A, int64_t a_step, const T* B, int64_t ld, T* C, int64_t c_step, bool accumulate) {
+// A tile of C, N vectors wide; unless it is WHOLE, only `last` elements of the last vector are there.
+template <class T, int R, int N, bool BY_COLUMN, bool WHOLE>
+RIM_INLINE void tile(int inner, const T* A, int64_t a_step, const T* B, int64_t ld, T* C, int64_t c_step, bool accumulate, int last) {
+  constexpr int full = WHOLE ? N : N - 1;
   Vec<T> c[R][N];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) c[r][v] = accumulate ? load(C + r * c_step + v * WIDTH<T>) : Vec<T>{};
+    for (int v = 0; v < N; ++v) {
+      const T* from = C + r * c_step + v * WIDTH<T>;
+      c[r][v] = !accumulate ? Vec<T>{} : v < full ? load(from) : load(from, last);
+    }
   for (int i = 0; i < inner; ++i) {
     Vec<T> b[N];
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) b[v] = load(B + i * ld + v * WIDTH<T>);
+    for (int v = 0; v < N; ++v) b[v] = v < full ? load(B + i * ld + v * WIDTH<T>) : load(B + i * ld + v * WIDTH<T>, last);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<T> a = fill<T>(BY_COLUMN ? A[i * a_step + r] : A[r * a_step + i]);
@@ -80,20 +87,24 @@ RIM_INLINE void tile(int inner, const T* A, int64_t a_step, const T* B, int64_t 
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) store(C + r * c_step + v * WIDTH<T>, c[r][v]);
+    for (int v = 0; v < N; ++v) {
+      T* to = C + r * c_step + v * WIDTH<T>;
+      v < full ? store(to, c[r][v]) : store(to, c[r][v], last);
+    }
 }
 
-template <class T, int N, bool BY_COLUMN>
-void tiles(int rows, int inner, const T* A, int64_t a_step, const T* B, int64_t ld, T* C, int64_t c_step, bool accumulate) {
+template <class T, int N, bool BY_COLUMN, bool WHOLE>
+void tiles(int rows, int inner, const T* A, int64_t a_step, const T* B, int64_t ld, T* C, int64_t c_step, bool accumulate, int last) {
   const int64_t next = BY_COLUMN ? 1 : a_step;
   int r = 0;
-  for (; r + MR <= rows; r += MR) tile<T, MR, N, BY_COLUMN>(inner, A + r * next, a_step, B, ld, C + r * c_step, c_step, accumulate);
+  for (; r + MR <= rows; r += MR)
+    tile<T, MR, N, BY_COLUMN, WHOLE>(inner, A + r * next, a_step, B, ld, C + r * c_step, c_step, accumulate, last);
   A += r * next;
   C += r * c_step;
   switch (rows - r) {
 #define RIM_ROWS(R) \
   case R:           \
-    if constexpr (R < MR) return tile<T, R, N, BY_COLUMN>(inner, A, a_step, B, ld, C, c_step, accumulate); \
+    if constexpr (R < MR) return tile<T, R, N, BY_COLUMN, WHOLE>(inner, A, a_step, B, ld, C, c_step, accumulate, last); \
     break;
     RIM_ROWS(1) RIM_ROWS(2) RIM_ROWS(3) RIM_ROWS(4) RIM_ROWS(5) RIM_ROWS(6) RIM_ROWS(7)
     RIM_ROWS(8) RIM_ROWS(9) RIM_ROWS(10) RIM_ROWS(11) RIM_ROWS(12) RIM_ROWS(13)
@@ -140,20 +151,23 @@ void multiply_columns(int rows, const T* A, int64_t a_step, const Matrix<T>& B, 
 }
 
 // C (rows, cols) = or += A B. Element (r, i) of A lies at r * a_step + i, or by column at i * a_step + r. Rows of C are c_step
-// apart and writable up to pad(cols).
+// apart and, where B is packed, writable up to pad(cols).
 template <class T, bool BY_COLUMN = false>
 void multiply(int rows, const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_step, bool accumulate = false) {
   if (rows == 0) return;
-  if (B.by_columns) return multiply_columns(rows, A, a_step, B, C, c_step, accumulate);
+  if (B.form == BY_COLUMNS) return multiply_columns(rows, A, a_step, B, C, c_step, accumulate);
   constexpr int full = NV * WIDTH<T>;
   for (int first = 0; first < B.cols; first += full) {
     const T* panel = B.data + int64_t(first / full) * B.panel;
     const int left = B.cols - first, vectors = left >= full ? NV : (left + WIDTH<T> - 1) / WIDTH<T>;
     const int64_t ld = left > full ? B.ld : B.last_ld;
+    const int last = left - (vectors - 1) * WIDTH<T>;  // WIDTH or more: the last vector is whole
+    const bool whole = B.form == PACKED || last >= WIDTH<T>;
     switch (vectors) {
-#define RIM_VECTORS(N) \
-  case N:              \
-    if constexpr (N <= NV) tiles<T, N, BY_COLUMN>(rows, B.inner, A, a_step, panel, ld, C + first, c_step, accumulate); \
+#define RIM_VECTORS(N)                                                                                                          \
+  case N:                                                                                                                       \
+    if constexpr (N <= NV)                                                                                                      \
+      (whole ? tiles<T, N, BY_COLUMN, true> : tiles<T, N, BY_COLUMN, false>)(rows, B.inner, A, a_step, panel, ld, C + first, c_step, accumulate, last); \
     break;
       RIM_VECTORS(1) RIM_VECTORS(2) RIM_VECTORS(3) RIM_VECTORS(4)
 #undef RIM_VECTORS

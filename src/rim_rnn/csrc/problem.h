@@ -18,6 +18,7 @@ struct Sizes {
   bool in_place;                               // few rows: weights as they lie, none multiplied out or packed
   int blocks;                                  // batch row r belongs to block r % blocks
   int hands;                                   // threads that share a block; one in backward
+  int workers;                                 // threads that prepare the weights, or bring their gradients together
   int64_t batch, steps, total;                 // total = sum of batch_sizes
   const int64_t *batch_sizes, *offsets;        // of each step: rows present, and where they start in packed order
   double input_scale, comm_scale;              // 1 / sqrt(key size)
@@ -87,10 +88,10 @@ constexpr int PHASES = 5;  // of a step of forward: step.h
 template <class T>
 struct Kernels {
   int64_t (*setup)(const Problem<T>&, void* storage, bool backward);  // bytes of storage; lays it out where it is not null
-  void (*prepare)(void* storage, int task);                           // tasks 0 to n - 1, and n
+  void (*prepare)(void* storage, int worker);                         // workers 0 to workers - 1
   void (*forward)(void* storage, int task, int64_t from, int64_t to);  // tasks 0 to blocks * hands - 1; phases of all steps
   void (*backward)(void* storage, int block);                         // blocks 0 to blocks - 1
-  void (*finish)(void* storage, int task);                            // tasks 0 to n - 1, then n
+  void (*finish)(void* storage, int worker);                          // workers 0 to workers - 1, then `workers`
 };
 
 namespace baseline {

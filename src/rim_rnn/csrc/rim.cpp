@@ -1,6 +1,10 @@
 // The boundary: the operators of torch.library, every size checked here once, then plain pointers to the kernels.
 //
 // Built against the stable ABI of libtorch 2.10, so that one binary serves that version and every newer one.
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -205,18 +209,22 @@ struct Call {
     plan(backward);
   }
 
-  // Which products to multiply out first, and into how many blocks to cut the batch, by counting multiplications.
+  // Which products to multiply out first, whether to pack the weights at all, and into how many blocks to cut the batch, by
+  // counting multiplications.
   void plan(bool backward) {
-    const double rows = double(s.total), in1 = s.in1(), passes = backward ? 3 : 1;
+    const double rows = double(s.total), in1 = s.in1(), gates = s.weight_gates(), passes = backward ? 3 : 1;
     const double apart_key = rows * s.heads * s.key * (s.input + s.n), folded_key = in1 * s.heads * s.n * (double(s.p) * s.key + rows);
-    s.fold_key = folded_key < apart_key;
-    const double gates = s.weight_gates();
     const double apart_value = rows * s.heads * s.value * (s.input + s.k * gates);
     const double folded_value = in1 * s.heads * gates * (double(s.n) * s.value + rows * s.k);
+    s.fold_key = folded_key < apart_key;
     s.fold_value = folded_value < apart_value;
-    const auto whole = [](int size) { return size % 16 == 0; };  // vectors of every instruction set
-    s.in_place = s.total <= 64 && whole(s.u) && whole(s.p) && whole(s.heads * s.key) && whole(s.heads * s.value) && whole(s.e()) && whole(s.w());
-    if (s.in_place) s.fold_key = s.fold_value = false;
+    // A weight fetched at a step takes as long as a multiplication, one packed before the first as long as thirty (measured).
+    const auto elements = [&] { return s.n * (s.K() * gates + s.p * (double(s.S()) * s.heads + 2.0 * s.e() + 2.0 * s.w())); };
+    const double packed = std::min(folded_key, apart_key) + std::min(folded_value, apart_value) + (s.steps + 30) * elements();
+    const bool fold_key = s.fold_key, fold_value = s.fold_value;
+    s.fold_key = s.fold_value = false;
+    s.in_place = s.total <= 255 && apart_key + apart_value + s.steps * elements() < packed;  // 255: what panels hold
+    if (!s.in_place) s.fold_key = fold_key, s.fold_value = fold_value;
     const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
     const double threads = torch::stable::get_num_threads();
     // A block is worth a thread where it has tens of microseconds of work in all, a hand where it has a few in every step.
@@ -226,16 +234,14 @@ struct Call {
     const bool by_units = s.in_place && !backward && std::max<double>(s.batch, 3) / hands + 0.5 < std::max(s.batch / blocks, 3.0);
     s.blocks = by_units ? 1 : int(blocks);
     s.hands = by_units ? int(hands) : 1;
+    s.workers = int(std::min({threads, double(s.n), std::floor(elements() / 1e5) + 1}));
   }
 };
 
 // at::parallel_for over single tasks.
 template <class F>
-void parallel(int64_t tasks, bool alone, const F& task) {
-  if (alone) {
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-    return;
-  }
+void parallel(int64_t tasks, const F& task) {
+  if (tasks == 1) return task(0);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i);
   });
@@ -249,7 +255,18 @@ Tensor empty(const AnyShape& shape, int32_t dtype) {
   for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), &*shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  const Tensor tensor(made);
+#if defined(MADV_HUGEPAGE)
+  // A large piece comes fresh from the system each time: in pages of 2 MB where it gives them, for each of 4 KB is a fault.
+  int64_t bytes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(made, &bytes));
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  if (bytes >= 1 << 22) {
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + page - 1) / page * page;
+    madvise(reinterpret_cast<void*>(first), (bytes - page) / page * page, MADV_HUGEPAGE);  // advice: whether it is taken is all one
+  }
+#endif
+  return tensor;
 }
 
 template <class T>
@@ -278,11 +295,11 @@ Results scan_as(const Arguments& a, bool save) {
   const Tensor storage = empty({run.setup(problem, nullptr, false)}, aoti_torch_dtype_uint8());
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, false);
-  if (!s.in_place) parallel(s.n + 1, s.blocks == 1, [&](int64_t task) { run.prepare(at, int(task)); });
+  if (!s.in_place) parallel(s.workers, [&](int64_t worker) { run.prepare(at, int(worker)); });
   const int64_t tasks = int64_t(s.blocks) * s.hands, phases = s.steps * PHASES;
   const int64_t together = s.hands == 1 ? phases : 1;  // phases without a hand waiting for others
   for (int64_t from = 0; from < phases; from += together)
-    parallel(tasks, tasks == 1, [&](int64_t task) { run.forward(at, int(task), from, from + together); });
+    parallel(tasks, [&](int64_t task) { run.forward(at, int(task), from, from + together); });
   return {output, last_h, last_c, winners, saved};
 }
 
@@ -331,14 +348,10 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   const Tensor storage = empty({run.setup(problem, nullptr, true)}, aoti_torch_dtype_uint8());
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, true);
-  const bool alone = s.blocks == 1;
-  if (s.in_place)
-    run.prepare(at, s.n);
-  else
-    parallel(s.n + 1, alone, [&](int64_t task) { run.prepare(at, int(task)); });
-  parallel(s.blocks, alone, [&](int64_t block) { run.backward(at, int(block)); });
-  parallel(s.n, alone, [&](int64_t task) { run.finish(at, int(task)); });
-  run.finish(at, s.n);
+  if (!s.in_place) parallel(s.workers, [&](int64_t worker) { run.prepare(at, int(worker)); });
+  parallel(s.blocks, [&](int64_t block) { run.backward(at, int(block)); });
+  parallel(s.workers, [&](int64_t worker) { run.finish(at, int(worker)); });
+  run.finish(at, s.workers);
   return grads;
 }
 

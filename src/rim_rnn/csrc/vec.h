@@ -68,6 +68,13 @@ RIM_INLINE void store(float* p, Vec<float> v, int left) { RIM_WHOLE(float) ? sto
 RIM_INLINE Vec<double> load(const double* p, int left) { return RIM_WHOLE(double) ? load(p) : (Vec<double>)_mm512_maskz_loadu_pd(mask(left), p); }
 RIM_INLINE void store(double* p, Vec<double> v, int left) { RIM_WHOLE(double) ? store(p, v) : _mm512_mask_storeu_pd(p, mask(left), (__m512d)v); }
 #undef RIM_WHOLE
+#elif RIM_VECTOR_BYTES == 32
+RIM_INLINE __m256i mask(const float*, int left) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+RIM_INLINE __m256i mask(const double*, int left) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(left), _mm256_setr_epi64x(0, 1, 2, 3)); }
+RIM_INLINE Vec<float> load(const float* p, int left) { return left >= 8 ? load(p) : (Vec<float>)_mm256_maskload_ps(p, mask(p, left)); }
+RIM_INLINE void store(float* p, Vec<float> v, int left) { left >= 8 ? store(p, v) : _mm256_maskstore_ps(p, mask(p, left), (__m256)v); }
+RIM_INLINE Vec<double> load(const double* p, int left) { return left >= 4 ? load(p) : (Vec<double>)_mm256_maskload_pd(p, mask(p, left)); }
+RIM_INLINE void store(double* p, Vec<double> v, int left) { left >= 4 ? store(p, v) : _mm256_maskstore_pd(p, mask(p, left), (__m256d)v); }
 #else
 template <class T>
 RIM_INLINE Vec<T> load(const T* p, int left) {

@@ -81,7 +81,13 @@ struct Weights {
       key = space(arena, s.fold_key ? 0 : s.in1(), d_q);
       value = space(arena, s.fold_value ? 0 : s.in1(), d_v);
     }
-    if (backward) key_t = space(arena, d_q, s.fold_key ? 0 : s.input), value_t = space(arena, d_v, s.fold_value ? 0 : s.input);
+    if (backward && s.in_place) {
+      key_t.add(0, 0, false, rim::RIM_ISA::in_place(P.key, d_q, s.input, s.input));
+      value_t.add(0, 0, false, rim::RIM_ISA::in_place(P.value, d_v, s.input, s.input));
+    } else if (backward) {
+      key_t = space(arena, d_q, s.fold_key ? 0 : s.input);
+      value_t = space(arena, d_v, s.fold_value ? 0 : s.input);
+    }
     for (int j = 0; j < s.n; ++j) {
       if (s.in_place && !arena.base) break;  // nothing to count
       const UnitWeights<T> unit_ = s.in_place ? as_they_lie(problem, j) : packed(s, arena, false);
@@ -250,12 +256,12 @@ struct Gradients {
   }
 };
 
-// What lies between parameters and right operands, for one unit.
+// What lies between parameters and right operands: a worker has one, for one unit after the other.
 template <class T>
 struct Dense {
   int ld_query, ld_gates;
   T *query, *gates;         // (p1, heads * S), (K, 4u)
-  T *key, *value;           // [W^e | b^e] and [W^v | b^v], (heads * size, in1); in finish, the unit's share of their gradients
+  T *key, *value;           // [W^e | b^e] and [W^v | b^v], (heads * size, in1)
   T *packed, *result;       // temporaries
   T* talk;                  // (p, e + w + e): keys, values and queries beside each other
 
@@ -277,6 +283,16 @@ struct Dense {
   static int64_t most(int64_t a, int64_t b, int64_t c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 };
 
+// A unit's share of the gradients of [W^e | b^e] and [W^v | b^v], where they were multiplied out.
+template <class T>
+struct Share {
+  T *key, *value;
+
+  Share(const Sizes& s, Arena& arena)
+      : key(arena.take<T>(s.fold_key ? int64_t(s.heads) * s.key * s.in1() : 0)),
+        value(arena.take<T>(s.fold_value ? int64_t(s.heads) * s.value * s.in1() : 0)) {}
+};
+
 // [weight | bias], (rows, input) and (rows,) -> (rows, input + 1)
 template <class T>
 void append_bias(T* to, const T* weight, const T* bias, int rows, int input) {
@@ -286,25 +302,26 @@ void append_bias(T* to, const T* weight, const T* bias, int rows, int input) {
   }
 }
 
-// Tasks 0 to n - 1: the operands of a unit. Task n: key and value.
+// The operands that all units share: key and value.
 template <class T>
-void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>* all_dense, int task, bool backward) {
+void prepare_shared(const Problem<T>& problem, Weights<T>& W, bool backward) {
+  const Sizes& s = problem.s;
+  const Parameters<const T>& P = problem.weight;
+  const auto shared = [&](const Parts<T>& to, const Parts<T>& to_t, const T* weight, const T* bias, int rows) {
+    pack(to[0], 0, s.input, weight, 1, s.input);
+    if (s.bias) pack(to[0], s.input, 1, bias, 0, 1);
+    if (backward) pack(to_t[0], 0, rows, weight, s.input, 1);
+  };
+  if (!s.fold_key) shared(W.key, W.key_t, P.key, P.key_bias, s.heads * s.key);
+  if (!s.fold_value) shared(W.value, W.value_t, P.value, P.value_bias, s.heads * s.value);
+}
+
+// The operands of unit j.
+template <class T>
+void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>& dense, int64_t j, bool backward) {
   const Sizes& s = problem.s;
   const Parameters<const T>& P = problem.weight;
   const int d_q = s.heads * s.key, d_v = s.heads * s.value, in1 = s.in1();
-  if (task == s.n) {
-    const auto shared = [&](const Parts<T>& to, const Parts<T>& to_t, const T* weight, const T* bias, int rows) {
-      if (!s.in_place) pack(to[0], 0, s.input, weight, 1, s.input);
-      if (!s.in_place && s.bias) pack(to[0], s.input, 1, bias, 0, 1);
-      if (backward) pack(to_t[0], 0, rows, weight, s.input, 1);
-    };
-    if (!s.fold_key) shared(W.key, W.key_t, P.key, P.key_bias, d_q);
-    if (!s.fold_value) shared(W.value, W.value_t, P.value, P.value_bias, d_v);
-    return;
-  }
-  if (s.in_place) return;
-  Dense<T>& dense = all_dense[task];
-  const int64_t j = task;
   UnitWeights<T>& unit = W.unit[j];
 
   // Query: W^q and its bias, or both times [W^e | b^e].
@@ -385,10 +402,31 @@ void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>* all_dense, int 
   }
 }
 
-// Gradients of all blocks, summed in the order of the blocks, to gradients of the parameters: prepare mirrored.
-// Tasks 0 to n - 1, then task n, which needs what they left in `dense`.
+// Gradients of the operands that all units share, once those of the units are there.
 template <class T>
-void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dense<T>* dense_of_units, int task) {
+void finish_shared(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, const Share<T>* of_units) {
+  const Sizes& s = problem.s;
+  const int in1 = s.in1();
+  const auto shared = [&](T* weight, T* bias, bool folded, auto&& of_block, auto&& of_unit, int rows) {
+    T* sum = blocks_of_batch[0].row;
+    for (int64_t r = 0; r < rows; ++r) {
+      zero(sum, in1);
+      if (folded)
+        for (int j = 0; j < s.n; ++j) add(sum, of_unit(of_units[j]) + r * in1, in1);
+      else
+        for (int b = 0; b < s.blocks; ++b) add(sum, of_block(blocks_of_batch[b]) + r * pad<T>(in1), in1);
+      copy(weight + r * s.input, sum, s.input);
+      if (bias) bias[r] = sum[s.input];
+    }
+  };
+  const Parameters<T>& G = problem.grad;
+  shared(G.key, G.key_bias, s.fold_key, [](const Gradients<T>& g) { return g.key.sum[0].to; }, [](const Share<T>& u) { return u.key; }, s.heads * s.key);
+  shared(G.value, G.value_bias, s.fold_value, [](const Gradients<T>& g) { return g.value.sum[0].to; }, [](const Share<T>& u) { return u.value; }, s.heads * s.value);
+}
+
+// Gradients of all blocks, summed in the order of the blocks, to gradients of the parameters of unit j: prepare mirrored.
+template <class T>
+void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dense<T>& dense, const Share<T>& share, int64_t j) {
   const Sizes& s = problem.s;
   const Parameters<const T>& P = problem.weight;
   const Parameters<T>& G = problem.grad;
@@ -399,25 +437,6 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
       for (int b = 1; b < s.blocks; ++b) add(to + r * ld, which(blocks_of_batch[b]).to + int64_t(r) * pad<T>(cols), cols);
     }
   };
-  if (task == s.n) {
-    const auto shared = [&](T* weight, T* bias, bool folded, auto&& of_block, auto&& of_unit, int rows) {
-      T* sum = blocks_of_batch[0].row;
-      for (int64_t r = 0; r < rows; ++r) {
-        zero(sum, in1);
-        if (folded)
-          for (int j = 0; j < s.n; ++j) add(sum, of_unit(dense_of_units[j]) + r * in1, in1);
-        else
-          for (int b = 0; b < s.blocks; ++b) add(sum, of_block(blocks_of_batch[b]) + r * pad<T>(in1), in1);
-        copy(weight + r * s.input, sum, s.input);
-        if (bias) bias[r] = sum[s.input];
-      }
-    };
-    shared(G.key, G.key_bias, s.fold_key, [](const Gradients<T>& g) { return g.key.sum[0].to; }, [](const Dense<T>& d) { return d.key; }, d_q);
-    shared(G.value, G.value_bias, s.fold_value, [](const Gradients<T>& g) { return g.value.sum[0].to; }, [](const Dense<T>& d) { return d.value; }, d_v);
-    return;
-  }
-  const int64_t j = task;
-  Dense<T>& dense = dense_of_units[j];
 
   // Query.
   total(dense.query, [&](const Gradients<T>& g) { return g.unit[j].query.sum[0]; }, s.p1(), s.heads * s.S(), dense.ld_query);
@@ -427,17 +446,17 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
   for (int head = 0; head < s.heads; ++head) {
     const T* from = dense.query + head * s.S();
     int64_t ld = dense.ld_query;
-    T* key = dense.key + int64_t(head) * s.key * in1;
     const Matrix<T> folded = in_place(from, s.p, in1, ld);
     if (s.fold_key) {
       const Matrix<T> key_t = panels(dense.packed, in1, s.key);
-      pack(key_t, 0, in1, key, 1, in1);
+      pack(key_t, 0, in1, dense.key + int64_t(head) * s.key * in1, 1, in1);
       multiply(s.p1(), from, ld, key_t, dense.result, pad<T>(s.key));
       from = dense.result, ld = pad<T>(s.key);
     }
     for (int r = 0; r < s.p; ++r) copy(query + int64_t(r) * d_q + head * s.key, from + r * ld, s.key);
     if (s.bias) copy(query_bias + head * s.key, from + s.p * ld, s.key);
-    if (s.fold_key) {  // the unit's share of the gradient of [W^e | b^e]
+    if (s.fold_key) {
+      T* key = share.key + int64_t(head) * s.key * in1;
       const int64_t ld_key = pad<T>(in1);
       multiply<T, true>(s.key, P.query + j * s.p * d_q + head * s.key, d_q, folded, dense.result, ld_key);
       for (int r = 0; r < s.key; ++r) {
@@ -468,7 +487,6 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
   if (s.fold_value) append_bias(dense.value, P.value, P.value_bias, d_v, s.input);
   for (int head = 0; head < s.heads; ++head) {
     const T* rows = dense.gates + (s.p1() + int64_t(head) * s.F()) * ld;
-    T* value = dense.value + int64_t(head) * s.value * in1;
     const int64_t first = int64_t(head) * s.value * gates;
     for (int g = 0; g < groups; ++g) {
       const Columns& c = columns[g];
@@ -476,12 +494,13 @@ void finish(const Problem<T>& problem, const Gradients<T>* blocks_of_batch, Dens
       int64_t ld_from = ld;
       if (s.fold_value) {
         ld_from = pad<T>(c.count);
-        multiply(s.value, value, in1, in_place(from, in1, c.count, ld), dense.result, ld_from);
+        multiply(s.value, dense.value + int64_t(head) * s.value * in1, in1, in_place(from, in1, c.count, ld), dense.result, ld_from);
         from = dense.result;
       }
       for (int r = 0; r < s.value; ++r) copy(grad_ih + first + int64_t(r) * gates + c.from, from + r * ld_from, c.count);
     }
-    if (s.fold_value) {  // the unit's share of the gradient of [W^v | b^v]
+    if (s.fold_value) {
+      T* value = share.value + int64_t(head) * s.value * in1;
       const Matrix<T> folded_t = panels(dense.packed, gates, in1);
       for (int g = 0; g < groups; ++g) pack(folded_t, columns[g].from, columns[g].count, rows + columns[g].to, 1, ld);
       multiply(s.value, weight_ih + first, gates, folded_t, dense.result, pad<T>(in1));
