@@ -158,7 +158,7 @@ ABLATIONS = [
     Ablation(
         "weights used as they lie where there are few rows",
         ("act16",),
-        ((PLAN, "s.in_place = s.total <= 64 &&", "s.in_place = s.total <= 0 &&"),),
+        ((PLAN, "s.in_place = s.total <= 255 &&", "s.in_place = s.total <= 0 &&"),),
     ),
     Ablation(
         "the fewest rows divided by units, so that a core fetches the weights of its own alone",
