@@ -52,6 +52,8 @@ class Ablation(NamedTuple):
     group: str = "native"
     needs: tuple[str, ...] = ()
     """What torch may call the processor's instruction set, where it matters."""
+    keeps_memory: bool = True
+    """Whether glibc keeps the memory it has, on both sides, so that luck with it is no difference."""
 
 
 LONG, ALL = ("paper", "small", "mid"), ("paper", "small", "mid", "act16")
@@ -193,6 +195,12 @@ ABLATIONS = [
         ),
     ),
     Ablation(
+        "memory that comes fresh from the system in pages of 2 MB",
+        LONG,
+        ((PLAN, "#if defined(MADV_HUGEPAGE)", "#if 0"),),
+        keeps_memory=False,
+    ),
+    Ablation(
         "nothing kept for a backward pass that will not come",
         ALL,
         (
@@ -206,7 +214,7 @@ ABLATIONS = [
     Ablation(
         "an `autograd.Function` instead of the autograd of `torch.library`",
         ("small", "act16"),
-        ((NATIVE, "_Scan.apply if differentiable and not torch.compiler.is_compiling() else ", ""),),
+        ((NATIVE, "_Scan.apply if ours else ", ""),),
     ),
     Ablation(
         "float32 for bfloat16 in the operator instead of bfloat16 on the readable path",
@@ -214,8 +222,8 @@ ABLATIONS = [
         (
             (
                 NATIVE,
-                "narrow = input.dtype in NARROW\n",
-                "narrow = input.dtype in NARROW\n    if narrow:\n        return None\n",
+                "    traces: list[Trace] = []\n",
+                "    traces: list[Trace] = []\n    if input.dtype in NARROW:\n        return None\n",
             ),
         ),
     ),
@@ -408,7 +416,8 @@ def compare(ablation: Ablation, copies: dict[str, Path], args: argparse.Namespac
     base = {"OMP_NUM_THREADS": str(args.threads), "RIM_RNN_ISA": "", "RIM_RNN_NATIVE": "01"[ablation.group != "readable"]}
     workers = {}
     for side, (folder, environment) in sides.items():
-        variables = os.environ | measure.KEEPS_MEMORY | base | dict(environment) | {"PYTHONPATH": str(folder / "src")}
+        memory = measure.KEEPS_MEMORY if ablation.keeps_memory else {}
+        variables = os.environ | memory | base | dict(environment) | {"PYTHONPATH": str(folder / "src")}
         command = [sys.executable, str(HERE / "worker.py")]
         workers[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
     cases: dict[str, Any] = {}

@@ -72,11 +72,12 @@ SCALING = {
     "num_units": [4, 8, 16, 32],
     "k": [1, 2, 4, 8],
 }
-# What a call costs before any arithmetic (the least that takes the way of act: units that fill vectors), and what each row adds
-# to the weights' way to the processor.
+# What a call costs before any arithmetic (the least that takes the way of act), what each row adds to the weights' way to the
+# processor, and the same at the paper's size, whose units do not fill vectors.
 CALLS = {
     "nothing": Case(1, 1, 1, 16, num_units=1),
     **{f"batch={rows}": replace(CASES["act"], batch=rows) for rows in (1, 2, 4, 8, 16, 32)},
+    **{f"paper, batch={rows}": Case(1, rows, 64, 600) for rows in (1, 16, 64, 256)},
 }
 MEMORY = {"steps": [100, 200, 400, 800, 1600]}  # of the paper's case
 
