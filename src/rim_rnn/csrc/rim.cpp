@@ -216,15 +216,16 @@ struct Call {
     const double apart_key = rows * s.heads * s.key * (s.input + s.n), folded_key = in1 * s.heads * s.n * (double(s.p) * s.key + rows);
     const double apart_value = rows * s.heads * s.value * (s.input + s.k * gates);
     const double folded_value = in1 * s.heads * gates * (double(s.n) * s.value + rows * s.k);
-    s.fold_key = folded_key < apart_key;
-    s.fold_value = folded_value < apart_value;
+    const bool fold_key = folded_key < apart_key, fold_value = folded_value < apart_value;
     // A weight fetched at a step takes as long as a multiplication, one packed before the first as long as thirty (measured).
-    const auto elements = [&] { return s.n * (s.K() * gates + s.p * (double(s.S()) * s.heads + 2.0 * s.e() + 2.0 * s.w())); };
-    const double packed = std::min(folded_key, apart_key) + std::min(folded_value, apart_value) + (s.steps + 30) * elements();
-    const bool fold_key = s.fold_key, fold_value = s.fold_value;
-    s.fold_key = s.fold_value = false;
-    s.in_place = s.total <= 255 && apart_key + apart_value + s.steps * elements() < packed;  // 255: what panels hold
-    if (!s.in_place) s.fold_key = fold_key, s.fold_value = fold_value;
+    const auto elements = [&](double S, double F) {
+      return s.n * ((s.p1() + s.heads * F) * gates + s.p * (s.heads * S + 2.0 * s.e() + 2.0 * s.w()));
+    };
+    const double as_they_lie = apart_key + apart_value + s.steps * elements(s.key, s.value);
+    const double packed = std::min(folded_key, apart_key) + std::min(folded_value, apart_value) +
+                          (s.steps + 30) * elements(fold_key ? in1 : s.key, fold_value ? in1 : s.value);
+    s.in_place = s.total <= 255 && as_they_lie < packed;  // 255: what panels hold
+    s.fold_key = fold_key && !s.in_place, s.fold_value = fold_value && !s.in_place;
     const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
     const double threads = torch::stable::get_num_threads();
     // A block is worth a thread where it has tens of microseconds of work in all, a hand where it has a few in every step.
@@ -234,7 +235,7 @@ struct Call {
     const bool by_units = s.in_place && !backward && std::max<double>(s.batch, 3) / hands + 0.5 < std::max(s.batch / blocks, 3.0);
     s.blocks = by_units ? 1 : int(blocks);
     s.hands = by_units ? int(hands) : 1;
-    s.workers = int(std::min({threads, double(s.n), std::floor(elements() / 1e5) + 1}));
+    s.workers = int(std::min({threads, double(s.n), std::floor(elements(s.S(), s.F()) / 1e5) + 1}));
   }
 };
 
