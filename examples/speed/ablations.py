@@ -91,8 +91,8 @@ ABLATIONS = [
         "`W^q W^e` and `W^v W_ih` multiplied out where that is less work",
         LONG,
         (
-            (PLAN, "s.fold_key = folded_key < apart_key;", "s.fold_key = false;"),
-            (PLAN, "s.fold_value = folded_value < apart_value;", "s.fold_value = false;"),
+            (PLAN, "fold_key = folded_key < apart_key, ", "fold_key = false, "),
+            (PLAN, "fold_value = folded_value < apart_value;", "fold_value = false;"),
         ),
     ),
     Ablation(
