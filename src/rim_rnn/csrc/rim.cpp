@@ -261,8 +261,8 @@ Tensor empty(const AnyShape& shape, int32_t dtype) {
   // A large piece comes fresh from the system each time: in pages of 2 MB where it gives them, for each of 4 KB is a fault.
   int64_t bytes;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(made, &bytes));
-  const int64_t page = sysconf(_SC_PAGESIZE);
   if (bytes >= 1 << 22) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
     const uintptr_t first = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + page - 1) / page * page;
     madvise(reinterpret_cast<void*>(first), (bytes - page) / page * page, MADV_HUGEPAGE);  // advice: whether it is taken is all one
   }
