@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from rim_rnn import RIM
 
 CELL_OPTIONS = ("bias", "proj_size", "num_units", "k", "rnn_cell", "key_size_input", "value_size_input", "num_input_heads")
-CELL_OPTIONS += ("key_size_comm", "value_size_comm", "num_comm_heads")
+CELL_OPTIONS += ("key_size_comm", "value_size_comm", "num_comm_heads", "comm_bounded")
 
 
 @st.composite
@@ -47,6 +47,7 @@ def options(draw: st.DrawFn, **fixed: Any) -> dict[str, Any]:
         "key_size_comm": pick("key_size_comm", small),
         "value_size_comm": pick("value_size_comm", small),
         "num_comm_heads": pick("num_comm_heads", st.integers(0, 2)),
+        "comm_bounded": pick("comm_bounded", st.booleans()),
     }
 
 
@@ -57,7 +58,7 @@ def cell_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def spec(options: dict[str, Any]) -> oracle.Spec:
     """What the oracle has to be told besides the parameters."""
-    names = ("k", "rnn_cell", "num_input_heads", "num_comm_heads", "num_layers", "bidirectional")
+    names = ("k", "rnn_cell", "num_input_heads", "num_comm_heads", "comm_bounded", "num_layers", "bidirectional")
     return oracle.Spec(**{name: options[name] for name in names if name in options})
 
 

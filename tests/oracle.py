@@ -28,6 +28,7 @@ class Spec:
     rnn_cell: str = "LSTM"
     num_input_heads: int = 1
     num_comm_heads: int = 4
+    comm_bounded: bool = True
     num_layers: int = 1
     bidirectional: bool = False
 
@@ -155,7 +156,13 @@ def step(
             if comm_scale is not None:
                 probabilities = probabilities * comm_scale[head, j]
             unit_reads.append(sum(probabilities[m] * head_values[m] for m in range(n)))
-        new_h[j] = tilde_h[j] + torch.cat(unit_reads) @ params["communication.output.weight"][j]
+        message = torch.cat(unit_reads) @ params["communication.output.weight"][j]
+        if spec.comm_bounded:
+            message = torch.tanh(message)
+            if spec.rnn_cell == "GRU":
+                room = [(1 - abs(s) if abs(s) < 1 else zero) for s in tilde_h[j]]
+                message = torch.stack([r * m for r, m in zip(room, message, strict=True)])
+        new_h[j] = tilde_h[j] + message
 
     return Step(
         torch.cat(new_h),

@@ -339,7 +339,7 @@ def test_communication_leaves_c_alone() -> None:
 
 
 def test_a_single_unit_attends_to_itself() -> None:
-    """n = 1: the softmax over one unit is 1, so h = h~ + h~ W^v W^o."""
+    """n = 1: the softmax over one unit is 1, so h = h~ + tanh(h~ W^v W^o)."""
     cell = strong(RIMCell(2, 3, num_units=1, dtype=torch.float64, **SMALL))
     silent = RIMCell(2, 3, num_units=1, dtype=torch.float64, **(SMALL | {"num_comm_heads": 0}))
     silent.load_state_dict({k: v for k, v in cell.state_dict().items() if not k.startswith("communication")})
@@ -347,7 +347,7 @@ def test_a_single_unit_attends_to_itself() -> None:
     tilde, c = silent(x, state)
     h, same_c = cell(x, state)
     values, output = cell.communication.value.weight[0], cell.communication.output.weight[0]
-    assert_same(h, tilde + tilde @ values @ output)
+    assert_same(h, tilde + torch.tanh(tilde @ values @ output))
     assert_same(same_c, c)
 
 

@@ -11,7 +11,7 @@ import torch
 from drawn import assert_identical, assert_same, normal, strong
 from torch import Tensor, nn
 
-from rim_rnn import RIM, RIMCell, native, opaque
+from rim_rnn import RIM, RIMCell, native, readable
 
 KINDS = [{"rnn_cell": "LSTM"}, {"rnn_cell": "GRU"}, {"rnn_cell": "LSTM", "proj_size": 4}]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=["LSTM", "GRU", "proj"])
@@ -75,7 +75,7 @@ def test_compile_fullgraph_agrees_with_eager(backend: str, rnn_cell: str) -> Non
         assert_same(actual, output_and_gradients(rnn, parameters, x, hx), rtol=1e-9, atol=1e-11)
 
 
-MANY = opaque.UNROLLED + 4
+MANY = readable.UNROLLED + 4
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -131,9 +131,9 @@ def test_opcheck_of_the_readable_scan(kind: dict[str, Any], batch_sizes: list[in
     cell = layer(kind, dtype=torch.float64).cells[0]
     x = normal(*((5, 3) if batch_sizes else (3, 2, 3)), seed=0).requires_grad_()
     state = tuple(normal(2, size, seed=1) for size in cell.state_sizes().values())
-    parameters = opaque.plain_parameters(cell, x, state)
+    parameters = readable.plain_parameters(cell, x, state)
     h, c = state if len(state) == 2 else (*state, None)
-    arguments = (x, h, c, *parameters, None, None, *opaque.sizes_of(cell, batch_sizes, True))
+    arguments = (x, h, c, *parameters, None, None, *readable.sizes_of(cell, batch_sizes, True))
     torch.library.opcheck(torch.ops.rim_rnn.readable.default, arguments)
 
 

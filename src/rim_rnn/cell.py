@@ -1,20 +1,20 @@
-"""One RIM cell: a step reads like section 2 of the paper, a scan is the step over time."""
+"""RIMCell: a step with the manners of torch.nn.LSTMCell, run over time by whatever path takes it."""
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 from typing_extensions import TypedDict, TypeVar, Unpack, override
 
-from rim_rnn import native, opaque
-from rim_rnn.communication import Communication
-from rim_rnn.dynamics import GRU, LSTM, Dynamics, State
-from rim_rnn.input_attention import InputAttention, compete
+from rim_rnn import native, readable
+from rim_rnn.dynamics import State
 from rim_rnn.recording import Trace
+from rim_rnn.step import Step, is_hooked, oddity, over_time
 from rim_rnn.units import (
     autocast_result_dtype,
     check_alike,
+    check_bool,
     check_int,
     check_num_units,
     check_probability,
@@ -24,6 +24,8 @@ from rim_rnn.units import (
     choose_num_units,
     describe,
     divide,
+    leaf,
+    refuse_to_script,
     unite,
 )
 
@@ -46,28 +48,10 @@ class UnitOptions(TypedDict, total=False):
     query_size_comm: int | None
     num_comm_heads: int
     comm_dropout: float
+    comm_bounded: bool
 
 
-Keep = tuple[Tensor | None, Tensor | None]
-"""What dropout drew for the input attention, ``(M, n, H)``, and for the communication, ``(M, heads, n, n)``."""
-
-
-class Projected(NamedTuple):
-    """Everything a step needs that does not depend on the state: what depends on ``x`` alone, and what dropout drew."""
-
-    key: Tensor  # (M, H*key_size): x W^e + b^e
-    gates: Tensor  # (H, M, n, G*u): (x W^v + b^v) W_ih
-    keep_input: Tensor | None  # (M, n, H)
-    keep_comm: Tensor | None  # (M, heads, n, n)
-
-    def split(self, sizes: list[int]) -> list["Projected"]:
-        """The rows of each step, of which there are ``sizes``."""
-        rows_at = (0, 1, 0, 0)
-        parts = ([None] * len(sizes) if p is None else torch.split(p, sizes, d) for p, d in zip(self, rows_at, strict=True))
-        return [Projected(*step) for step in zip(*parts, strict=True)]
-
-
-class RIMCell(nn.Module, Generic[StateT]):
+class RIMCell(Step, Generic[StateT]):
     r"""One step of a Recurrent Independent Mechanisms layer, with the manners of :class:`torch.nn.LSTMCell`.
 
     The state is split into ``num_units`` equal, contiguous blocks. At every step each unit bids for the input, the ``k``
@@ -79,8 +63,12 @@ class RIMCell(nn.Module, Generic[StateT]):
             a_j = \mathrm{softmax}([0, s_j])_2 = \sigma(s_j) & \text{input attention, eq. 2} \\
             \tilde h_j, c'_j = \mathrm{LSTM}_j(a_j (x W^v + b^v), h_j, c_j) & \text{winners, eq. 4} \\
             \tilde h_j, c'_j = h_j, c_j & \text{losers} \\
-            h'_j = \tilde h_j + \mathrm{attention}_j(\tilde h_1, \dots, \tilde h_n) W^o_j & \text{winners, eqs. 5 and 6}
+            h'_j = \tilde h_j + \tanh(\mathrm{attention}_j(\tilde h_1, \dots, \tilde h_n) W^o_j) & \text{winners, eqs. 5 and 6}
         \end{array}
+
+    The :math:`\tanh` is not in the printed equation 6, which has no bound. With it ``|h'|`` is at most ``max(2, |h_0|)``,
+    whatever the input, the length and the weights (without projections); GRU units, which add
+    :math:`\max(0, 1 - |\tilde h_j|)` times it, stay within ``max(1, |h_0|)``. ``comm_bounded=False`` adds what is printed.
 
     Args:
         input_size: The number of features of the input ``x``.
@@ -103,6 +91,7 @@ class RIMCell(nn.Module, Generic[StateT]):
         query_size_comm: ``None`` or ``key_size_comm``. Default: ``None``
         num_comm_heads: Heads of the communication; 0 switches it off. Default: 4
         comm_dropout: Dropout on the communication's probabilities. Default: 0 (the paper: 0.1)
+        comm_bounded: ``False`` adds the message itself, as equation 6 is printed; no parameter depends on it. Default: ``True``
 
     Inputs: input, (h_0, c_0)
         - **input**: ``(N, input_size)`` or ``(input_size)``.
@@ -154,6 +143,7 @@ class RIMCell(nn.Module, Generic[StateT]):
     query_size_comm: int = property(attrgetter("communication.key_size"))  # type: ignore[assignment]
     num_comm_heads: int = property(attrgetter("communication.num_heads"))  # type: ignore[assignment]
     comm_dropout: float = property(attrgetter("communication.dropout"))  # type: ignore[assignment]
+    comm_bounded: bool = property(attrgetter("communication.bounded"))  # type: ignore[assignment]
 
     @overload
     def __init__(
@@ -216,8 +206,8 @@ class RIMCell(nn.Module, Generic[StateT]):
         query_size_comm: int | None = None,
         num_comm_heads: int = 4,
         comm_dropout: float = 0.0,
+        comm_bounded: bool = True,
     ) -> None:
-        super().__init__()
         check_sizes(rnn_cell, input_size, hidden_size, bias, proj_size)
         if num_units is None:
             num_units = choose_num_units(hidden_size, proj_size)
@@ -237,107 +227,35 @@ class RIMCell(nn.Module, Generic[StateT]):
         check_int("num_comm_heads", num_comm_heads, 0)
         check_probability("comm_dropout", comm_dropout)
 
+        check_bool("comm_bounded", comm_bounded)
+
+        super().__init__(
+            input_size,
+            hidden_size,
+            bias,
+            device,
+            dtype,
+            proj_size=proj_size,
+            num_units=num_units,
+            k=k,
+            rnn_cell=rnn_cell,
+            key_size_input=key_size_input,
+            value_size_input=value_size_input,
+            num_input_heads=num_input_heads,
+            input_dropout=input_dropout,
+            key_size_comm=key_size_comm,
+            value_size_comm=value_size_comm,
+            num_comm_heads=num_comm_heads,
+            comm_dropout=comm_dropout,
+            comm_bounded=comm_bounded,
+        )
         self.input_size, self.hidden_size, self.bias, self.proj_size = input_size, hidden_size, bias, proj_size
-        self.num_units, self.k, self.rnn_cell = num_units, k, rnn_cell
-        u, p = hidden_size // num_units, (proj_size or hidden_size) // num_units
-        self.input_attention = InputAttention(
-            input_size, num_units, p, num_input_heads, key_size_input, value_size_input, input_dropout, bias, device, dtype
-        )
-        self.dynamics = (LSTM if rnn_cell == "LSTM" else GRU)(
-            num_units, u, num_input_heads, value_size_input, proj_size // num_units, bias, device, dtype
-        )
-        self.communication = Communication(
-            num_units, p, num_comm_heads, key_size_comm, value_size_comm, comm_dropout, device, dtype
-        )
+        self.rnn_cell = rnn_cell
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         for stage in self.stages():
             stage.reset_parameters()
-
-    def stages(self) -> tuple[InputAttention, Dynamics, Communication]:
-        """The modules of section 2 in its order, without the search of ``nn.Module.__getattr__`` for each of them."""
-        stages: Any = self._modules
-        return stages["input_attention"], stages["dynamics"], stages["communication"]
-
-    def draw(self, x: Tensor) -> Keep:
-        """Dropout's draws, for one step or for all at once: ``x`` is ``(..., input_size)``, ``M`` rows in all."""
-        if not self.training:
-            return None, None
-        input_attention, _, communication = self.stages()
-        return input_attention.draw(x), communication.draw(x)
-
-    def project(self, x: Tensor, keep: Keep) -> Projected:
-        """What does not depend on the state, for one step or for all at once: ``x`` is ``(M, input_size)``."""
-        return Projected(self.input_attention.project(x), self.dynamics.project(x, self.input_attention.value), *keep)
-
-    def step(self, projected: Projected, state: State, comm_weight: Tensor | None) -> tuple[State, Trace]:
-        """One step of section 2, on unit-major states ``(n, N, ...)``."""
-        input_attention, dynamics, communication = self.stages()
-        # Input attention, equation 2: every unit bids for the input.
-        score = input_attention.bid(state[0], projected.key)
-        a_input = input_attention.attend(score)
-        # Competition: the k highest bids win.
-        active = compete(score, self.k)
-        # Independent dynamics, equation 4: winners only.
-        gates = dynamics.read(input_attention.drop(a_input, projected.keep_input), projected.gates)
-        new = dynamics(gates, state)
-        h, *c = dynamics.keep_losers(active, new, state)
-        # Communication, equations 5 and 6: winners read every unit.
-        h, attention = communication(h, active, comm_weight, projected.keep_comm)
-        return (h, *c), Trace(active, a_input, attention)
-
-    def scan(
-        self,
-        input: Tensor,
-        state: State,
-        batch_sizes: list[int] | None = None,
-        reverse: bool = False,
-        record: bool = False,
-        keep: Keep | None = None,
-    ) -> tuple[Tensor, State, list[Trace]]:
-        """The step over time.
-
-        Args:
-            input: ``(T, N, input_size)``, or packed ``(sum(batch_sizes), input_size)``.
-            state: ``(h_0, c_0)`` or ``(h_0,)``, each ``(N, features)``.
-            batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
-            reverse: Go from the last step to the first; results stay in the input's order of time.
-            record: Also return what each step did.
-            keep: What :meth:`draw` returned for the input's rows in packed order; drawn here if not given.
-
-        Returns:
-            The outputs in the layout of ``input``, the last states, and one trace per step if ``record``.
-        """
-        sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes
-        x = input.reshape(-1, input.size(-1))
-        projected = self.project(x, self.draw(x) if keep is None else keep)
-        steps = projected.split(sizes)
-        comm_weight = self.communication.weight()
-
-        first = tuple(divide(s, self.num_units) for s in state)
-        times = range(len(sizes) - 1, -1, -1) if reverse else range(len(sizes))
-        present = sizes[times[0]]
-        now, ended = tuple(s[:, :present] for s in first), []
-        outputs: list[Tensor] = [input] * len(sizes)
-        traces: list[Trace] = []
-        for t in times:
-            if sizes[t] < present:  # rows whose sequence has ended
-                ended.append(tuple(s[:, sizes[t] :] for s in now))
-                now = tuple(s[:, : sizes[t]] for s in now)
-            elif sizes[t] > present:  # rows whose sequence begins, seen from its end
-                now = tuple(torch.cat([s, s_0[:, present : sizes[t]]], dim=1) for s, s_0 in zip(now, first, strict=True))
-            present = sizes[t]
-            now, trace = self.step(steps[t], now, comm_weight)
-            outputs[t] = now[0]
-            if record:
-                traces.append(Trace(*(part.detach() for part in trace)))
-
-        output = unite(torch.cat(outputs, dim=1))
-        last = tuple(unite(torch.cat(rows, dim=1)) for rows in zip(now, *reversed(ended), strict=True))
-        if batch_sizes is None:
-            output = output.view(*input.shape[:2], output.size(-1))
-        return output, last, traces[::-1] if reverse else traces
 
     def run(
         self,
@@ -347,23 +265,60 @@ class RIMCell(nn.Module, Generic[StateT]):
         reverse: bool = False,
         record: bool = False,
     ) -> tuple[Tensor, State, list[Trace]]:
-        """:meth:`scan`: by the native operator where that takes the call, else under torch.compile by the one of many steps."""
+        """:meth:`scan`, by the path that takes it."""
         done = native.scan(self, input, state, batch_sizes, reverse, record)
         if done is None:
-            done = opaque.scan(self, input, state, batch_sizes, reverse, record)
+            done = readable.scan(self, input, state, batch_sizes, reverse, record)
+        if done is None and not record:
+            done = readable.loop(self, input, state, batch_sizes, reverse)
         return self.scan(input, state, batch_sizes, reverse, record) if done is None else done
+
+    def is_called(self) -> bool:
+        """Whether a layer calls the cell at each step, for that does more than :meth:`run`: a hook, a forward of its own."""
+        return type(self).forward is not RIMCell.forward or is_hooked(self)
+
+    def call_over_time(
+        self, input: Tensor, state: State, batch_sizes: list[int] | None, reverse: bool, record: bool
+    ) -> tuple[Tensor, State, list[Trace]]:
+        """:meth:`scan` by calls of the cell itself."""
+        if record:
+            raise RuntimeError("record() does not see into a cell that has a hook, or a forward of its own")
+        sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes
+        rows = torch.split(input.reshape(-1, input.size(-1)), sizes)
+
+        def advance(t: int, now: State) -> State:
+            state: Any = tuple(unite(s) for s in now)
+            state = self(rows[t], state if self.rnn_cell == "LSTM" else state[0])
+            return tuple(divide(s, self.num_units) for s in (state if self.rnn_cell == "LSTM" else (state,)))
+
+        return *over_time(advance, state, self.num_units, sizes, reverse, packed=batch_sizes is not None), []
+
+    __prepare_scriptable__ = refuse_to_script
 
     def state_sizes(self) -> dict[str, int]:
         """The features of each state by its name."""
         sizes = {"h": self.proj_size or self.hidden_size, "c": self.hidden_size}
         return sizes if self.rnn_cell == "LSTM" else {"h": self.hidden_size}
 
-    def zero_state(self, x: Tensor, batch: int) -> State:
-        """The states of a beginning, ``(batch, features)``, which nobody writes to: the same tensor where sizes agree."""
-        h = x.new_zeros(batch, self.proj_size or self.hidden_size)
+    def like(self, input: Tensor) -> Tensor:
+        """A tensor of the parameters' dtype and device."""
+        dynamics = self.stages()[1]
+        weight: Any = dynamics._parameters.get("weight_hh")
+        if weight is None:  # it is computed from others, or was put elsewhere
+            weight = getattr(dynamics, "weight_hh", None)
+            weight = next(self.parameters()) if weight is None else weight
+        if (
+            weight.is_meta and not input.is_meta and oddity(self) is not None
+        ):  # loaded for each call of its module, to the input
+            weight = input.new_empty(0, dtype=weight.dtype)
+        return cast("Tensor", weight)
+
+    def zero_state(self, x: Tensor, *batch: int) -> State:
+        """The states of a beginning, ``(*batch, features)``, which nobody writes to: the same tensor where sizes agree."""
+        h = x.new_zeros(*batch, self.proj_size or self.hidden_size)
         if self.rnn_cell == "GRU":
             return (h,)
-        return (h, x.new_zeros(batch, self.hidden_size) if self.proj_size else h)
+        return (h, x.new_zeros(*batch, self.hidden_size) if self.proj_size else h)
 
     def check_state(self, hx: object, too_few: type[Exception] = RuntimeError) -> State:
         """``hx`` as a tuple of tensors, or the ``TypeError`` of a wrong structure, the ``RuntimeError`` of a wrong number."""
@@ -381,15 +336,17 @@ class RIMCell(nn.Module, Generic[StateT]):
             raise error(f'with rnn_cell="LSTM" hx should hold two states (h_0, c_0), got {len(hx)}')
         return tuple(hx)
 
-    def forward(self, input: Tensor, hx: StateT | None = None) -> StateT:
+    def forward(self, input: Tensor, hx: StateT | list[Tensor] | None = None) -> StateT:
         """One step from the input and state described above."""
+        if isinstance(input, fx.Proxy):
+            return cast("StateT", leaf(self, input, hx))
         if not isinstance(input, Tensor):
             raise TypeError(f"RIMCell: Expected input to be a Tensor, got: {type(input).__name__}")
         if input.dim() not in (1, 2):
             raise ValueError(f"RIMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if input.size(-1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)}, expected {self.input_size}")
-        given, weight = input.dtype, self.dynamics.weight_hh
+        given, weight = input.dtype, self.like(input)
         input = check_alike("input", input, weight)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
@@ -414,7 +371,7 @@ class RIMCell(nn.Module, Generic[StateT]):
     if TYPE_CHECKING:
 
         @override
-        def __call__(self, input: Tensor, hx: StateT | None = None) -> StateT: ...
+        def __call__(self, input: Tensor, hx: StateT | list[Tensor] | None = None) -> StateT: ...
 
     @override
     def extra_repr(self) -> str:
@@ -433,4 +390,5 @@ class RIMCell(nn.Module, Generic[StateT]):
             value_size_comm=32,
             num_comm_heads=4,
             comm_dropout=0.0,
+            comm_bounded=True,
         )

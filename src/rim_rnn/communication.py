@@ -14,9 +14,11 @@ class Communication(nn.Module):
 
     .. math::
         \mathrm{attention}_{jm} = \mathrm{softmax}_m\left(\frac{(\tilde h_j W^q_j)(\tilde h_m W^k_m)^\top}{\sqrt{d}}\right),
-        \qquad h_j = \tilde h_j + \left[\textstyle\sum_m \mathrm{attention}_{jm}\, \tilde h_m W^v_m\right] W^o_j
+        \qquad \mathrm{message}_j = \left[\textstyle\sum_m \mathrm{attention}_{jm}\, \tilde h_m W^v_m\right] W^o_j
 
-    for winners ``j`` and every unit ``m``, ``j`` itself included; a loser keeps its state (equations 5 and 6). With
+    for winners ``j`` and every unit ``m``, ``j`` itself included; a loser keeps its state (equations 5 and 6). What is added
+    has a bound, :math:`h_j = \tilde h_j + \mathrm{room}_j \tanh(\mathrm{message}_j)`, where an LSTM has room for 1 and a GRU
+    for :math:`\max(0, 1 - |\tilde h_j|)`; with ``bounded=False`` it is the message itself, as equation 6 is printed. With
     ``num_heads=0`` there are no parameters, and the states pass unchanged: the paper's ablation.
 
     Attributes:
@@ -33,11 +35,14 @@ class Communication(nn.Module):
         key_size: int,
         value_size: int,
         dropout: float,
+        bounded: bool,
+        rnn_cell: str,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.key_size, self.value_size, self.dropout = num_heads, key_size, value_size, dropout
+        self.num_units, self.bounded, self.rnn_cell = num_units, bounded, rnn_cell
         if num_heads:
             self.query = UnitLinear(num_units, unit_size, num_heads * key_size, device=device, dtype=dtype)
             self.key = UnitLinear(num_units, unit_size, num_heads * key_size, device=device, dtype=dtype)
@@ -62,34 +67,46 @@ class Communication(nn.Module):
         """Dropout on the probabilities, ``(M, heads, n, n)``: a draw per row, head, reader and unit that is read."""
         if not (self.dropout and self.num_heads):
             return None
-        n = self.query.weight.size(0)
-        return draw_dropout(self.dropout, x, self.num_heads, n, n)
+        return draw_dropout(self.dropout, x, self.num_heads, self.num_units, self.num_units)
 
-    def forward(self, h: Tensor, active: Tensor, weight: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, active: Tensor, weight: Tensor | None = None, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One exchange.
 
         Args:
             h: ``h~`` of every unit, ``(n, N, p)``.
             active: The winners, ``(n, N)``.
-            weight: What :meth:`weight` returns.
+            weight: What :meth:`weight` returns, where that was computed for all steps at once.
             keep: What :meth:`draw` returns, for these rows.
 
         Returns:
             The new ``h``, ``(n, N, p)``, and the attention before dropout, ``(N, heads, n readers, n read)``.
         """
         n, batch, _ = h.shape
-        if weight is None:
-            return h, h.new_zeros(batch, 0, n, n)
         heads, d = self.num_heads, self.key_size
+        if not heads:
+            return h, h.new_zeros(batch, 0, n, n)
+
         # One small attention per row and head. As 3-D products: torch.compile takes 4-D ones with this order of axes for
         # another layout and returns wrong numbers (torch 2.13, inductor on a CPU).
-        sizes = [d, d, self.value_size]
-        projected = torch.bmm(h, weight).view(n, batch, heads, sum(sizes)).permute(1, 2, 0, 3)
-        query, key, value = torch.split(projected.reshape(batch * heads, n, sum(sizes)), sizes, dim=-1)
+        def by_head(projected: Tensor, size: int) -> Tensor:
+            return projected.view(n, batch, heads, size).permute(1, 2, 0, 3).reshape(batch * heads, n, size)
+
+        if weight is None:
+            query, key = by_head(self.query(h), d) / math.sqrt(d), by_head(self.key(h), d)
+            value = by_head(self.value(h), self.value_size)
+        else:
+            sizes = [d, d, self.value_size]
+            query, key, value = torch.split(by_head(torch.bmm(h, weight), sum(sizes)), sizes, dim=-1)
         # A softmax over the second of three axes: over a last one so short torch takes four times as long.
         attention = torch.softmax(torch.bmm(key, query.transpose(1, 2)), dim=1).transpose(1, 2)
         dropped = attention if keep is None else attention * keep.reshape(attention.shape)
         context = torch.bmm(dropped, value)
         context = context.view(batch, heads, n, self.value_size).permute(2, 0, 1, 3).reshape(n, batch, heads * self.value_size)
-        attention = attention.view(batch, heads, n, n)
-        return torch.where(active.unsqueeze(-1), h + self.output(context), h), attention
+        message = self.output(context)
+        if self.bounded:
+            message = torch.tanh(message)
+            if self.rnn_cell == "GRU":
+                message = torch.relu(1 - h.abs()) * message
+        return torch.where(active.unsqueeze(-1), h + message, h), attention.view(batch, heads, n, n)

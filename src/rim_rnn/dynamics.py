@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rim_rnn.units import uniform_
+from rim_rnn.units import SharedLinear, uniform_
 
 State = tuple[Tensor, ...]
 """``(h, c)`` for LSTM, ``(h,)`` for GRU."""
@@ -57,7 +57,7 @@ class Dynamics(nn.Module, abc.ABC):
     def reset_parameters(self) -> None:
         uniform_(self.unit_size, *self.parameters())
 
-    def project(self, x: Tensor, value: nn.Linear) -> Tensor:
+    def project(self, x: Tensor, value: SharedLinear) -> Tensor:
         """``(x W^v + b^v) W_ih`` of all units, multiplied in the cheaper order: ``(M, input_size)`` -> ``(H, M, n, G*u)``.
 
         A read is a scalar times a projection of ``x``, so its part of the gates is that scalar times this.
@@ -66,14 +66,33 @@ class Dynamics(nn.Module, abc.ABC):
         weight_ih = self.weight_ih.view(n, heads, -1, gates).permute(1, 2, 0, 3).reshape(heads, -1, n * gates)
         # Multiplications per row. A compiler is told nothing of the rows, so that one graph serves all of their numbers.
         rows = math.inf if torch.compiler.is_compiling() else max(1, x.size(0))
-        size_x, size_value, size_gates = value.in_features, weight_ih.size(1), n * gates
+        size_x, size_value, size_gates = x.size(1), weight_ih.size(1), n * gates
         if size_x * size_gates * (1 + size_value / rows) < size_value * (size_x + size_gates):
-            weight = value.weight.view(heads, -1, value.in_features).transpose(1, 2) @ weight_ih
+            weight = value.weight.view(heads, -1, size_x).transpose(1, 2) @ weight_ih
             bias = None if value.bias is None else (value.bias.view(heads, 1, -1) @ weight_ih).flatten()
-            projected = F.linear(x, weight.transpose(1, 2).reshape(-1, value.in_features), bias)
+            projected = F.linear(x, weight.transpose(1, 2).reshape(-1, size_x), bias)
             return projected.view(-1, heads, n, gates).transpose(0, 1)
         values: Tensor = value(x).view(-1, heads, weight_ih.size(1)).transpose(0, 1)
         return (values @ weight_ih).view(heads, -1, n, gates)
+
+    def forward(self, a_input: Tensor, value: Tensor | None, gates: Tensor | None, state: State) -> State:
+        """The new state of every unit, whether it won or not.
+
+        Args:
+            a_input: ``(n, N, H)``, after dropout.
+            value: ``x W^v + b^v``, ``(N, H*value_size)``, which the read is ``a_input`` times of.
+            gates: Or what :meth:`project` returns, where that was computed for all steps at once.
+            state: The old states, ``(n, N, p)`` and ``(n, N, u)``.
+        """
+        if gates is not None:
+            return self.update(self.read(a_input, gates), state)
+        assert value is not None
+        read = a_input.to(value.dtype).unsqueeze(-1) * value.view(
+            value.size(0), self.num_heads, value.size(1) // self.num_heads
+        )
+        gates_x = torch.bmm(read.flatten(2), self.weight_ih)
+        bias = self.read_bias()
+        return self.update(gates_x if bias is None else gates_x + bias.unsqueeze(1), state)
 
     def read(self, a_input: Tensor, gates: Tensor) -> Tensor:
         """``sum over heads of a_input * (value W_ih)  + bias``: ``(n, N, H)``, ``(H, N, n, G*u)`` -> ``(n, N, G*u)``."""
@@ -89,12 +108,13 @@ class Dynamics(nn.Module, abc.ABC):
         return self.bias_ih
 
     @abc.abstractmethod
-    def forward(self, gates_x: Tensor, state: State) -> State:
-        """The new state of every unit, from the read's part of the gates ``(n, N, G*u)`` and the old state."""
+    def update(self, gates_x: Tensor, state: State) -> State:
+        """Equation 4, from the read's part of the gates ``(n, N, G*u)`` and the old state."""
 
-    def keep_losers(self, active: Tensor, new: State, old: State) -> State:
-        """``h~``: the new state of a winner, bit for bit the old one of a loser. ``active``: ``(n, N)``."""
-        return tuple(torch.where(active.unsqueeze(-1), after, before) for after, before in zip(new, old, strict=True))
+
+def keep_losers(active: Tensor, new: State, old: State) -> State:
+    """``h~``: the new state of a winner, bit for bit the old one of a loser. ``active``: ``(n, N)``."""
+    return tuple(torch.where(active.unsqueeze(-1), after, before) for after, before in zip(new, old, strict=True))
 
 
 class LSTM(Dynamics):
@@ -106,7 +126,7 @@ class LSTM(Dynamics):
         """Both biases: they only ever meet in a sum."""
         return None if self.bias_ih is None or self.bias_hh is None else self.bias_ih + self.bias_hh
 
-    def forward(self, gates_x: Tensor, state: State) -> State:
+    def update(self, gates_x: Tensor, state: State) -> State:
         h, c = state
         i, f, g, o = torch.baddbmm(gates_x, h, self.weight_hh).chunk(4, dim=-1)
         c = torch.addcmul(torch.sigmoid(f) * c, torch.sigmoid(i), torch.tanh(g))
@@ -119,7 +139,7 @@ class GRU(Dynamics):
 
     num_gates = 3
 
-    def forward(self, gates_x: Tensor, state: State) -> State:
+    def update(self, gates_x: Tensor, state: State) -> State:
         (h,) = state
         gates_h = torch.bmm(h, self.weight_hh)
         if self.bias_hh is not None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from rim_rnn.units import UnitLinear, autocast_dtype, draw_dropout
+from rim_rnn.units import SharedLinear, UnitLinear, autocast_dtype, draw_dropout
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -28,8 +27,8 @@ class InputAttention(nn.Module):
 
     Attributes:
         query: :class:`UnitLinear` with weight ``(n, p, H*key_size)`` and bias ``(n, H*key_size)``.
-        key: :class:`torch.nn.Linear` with weight ``(H*key_size, input_size)``, shared by the units as in the paper.
-        value: :class:`torch.nn.Linear` with weight ``(H*value_size, input_size)``, shared as well.
+        key: :class:`SharedLinear` with weight ``(H*key_size, input_size)``, shared by the units as in the paper.
+        value: :class:`SharedLinear` with weight ``(H*value_size, input_size)``, shared as well.
     """
 
     def __init__(
@@ -47,26 +46,54 @@ class InputAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.key_size, self.value_size, self.dropout = num_heads, key_size, value_size, dropout
+        self.num_units = num_units
         self.query = UnitLinear(num_units, unit_size, num_heads * key_size, bias, device, dtype)
-        self.key = nn.Linear(input_size, num_heads * key_size, bias, device, dtype)
-        self.value = nn.Linear(input_size, num_heads * value_size, bias, device, dtype)
+        self.key = SharedLinear(input_size, num_heads * key_size, bias, device, dtype)
+        self.value = SharedLinear(input_size, num_heads * value_size, bias, device, dtype)
 
     def reset_parameters(self) -> None:
         for projection in (self.query, self.key, self.value):
             projection.reset_parameters()
 
+    def forward(
+        self, h: Tensor, x: Tensor, key: Tensor | None = None, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Every unit bids for the input, and weighs it.
+
+        Args:
+            h: The states, ``(n, N, p)``.
+            x: The input, ``(N, input_size)``.
+            key: What :meth:`project` returns for ``x``, where that was computed for all steps at once; else computed here.
+            keep: What :meth:`draw` returns, for these rows.
+
+        Returns:
+            ``score`` and ``a_input``, ``(n, N, H)`` each, ``a_input`` after dropout, and the value of ``x``,
+            ``(N, H*value_size)``, unless a ``key`` was given: then the value has been put to use as well.
+        """
+        value = None
+        if key is None:
+            key, value = self.project(x), self.value(x)
+        score = self.bid(h, key)
+        a_input = self.attend(score)
+        return score, a_input, self.drop(a_input, keep), value
+
     def project(self, x: Tensor) -> Tensor:
         """The keys, ``(M, input_size)`` -> ``(M, H*key_size)``; ``1/sqrt(key_size)`` rides on them, once for all steps."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        bias = None if self.key.bias is None else self.key.bias.to(wide)
         with full_precision(x.device):
-            return F.linear(x.to(wide), self.key.weight.to(wide), bias) / math.sqrt(self.key_size)
+            return self._wide(self.key, x) / math.sqrt(self.key_size)
 
     def bid(self, h: Tensor, key: Tensor) -> Tensor:
         """``score = query . key / sqrt(key_size)`` in at least float32, ``(n, N, p)``, ``(N, H*key_size)`` -> ``(n, N, H)``."""
         with full_precision(h.device):
-            query: Tensor = self.query(h.to(key.dtype))
+            query = self._wide(self.query, h)
         return (query * key).view(*query.shape[:-1], self.num_heads, self.key_size).sum(-1)
+
+    def _wide(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """What the projection makes of ``x`` in at least float32; another's in the place of ours is given ``x`` as it is."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        ours = isinstance(projection, UnitLinear | SharedLinear)
+        projected: Tensor = projection(x.to(wide) if ours else x)
+        return projected.to(wide)
 
     def attend(self, score: Tensor) -> Tensor:
         """``a_input``, the second entry of ``softmax([0, score])``."""
@@ -76,7 +103,7 @@ class InputAttention(nn.Module):
         """Dropout on the probabilities, ``(M, n, H)``: a draw per row, unit and head. (The null row's would scale a zero.)"""
         if not self.dropout:
             return None
-        return draw_dropout(self.dropout, x, self.query.weight.size(0), self.num_heads)
+        return draw_dropout(self.dropout, x, self.num_units, self.num_heads)
 
     def drop(self, a_input: Tensor, keep: Tensor | None) -> Tensor:
         """``a_input`` ``(n, N, H)`` after dropout: times what :meth:`draw` returned for these rows."""
@@ -86,8 +113,8 @@ class InputAttention(nn.Module):
 def compete(score: Tensor, k: int) -> Tensor:
     """The ``k`` highest bids win: exactly ``k``, ties to the lowest unit, NaN counting as the lowest bid.
 
-    A unit's bid is its score averaged over heads. Ascending and stable on the *negated* bids does all three: equal bids
-    keep the order of their units, and NaN sorts last.
+    A unit's bid is its score averaged over heads, and its rank the number of units that are ahead of it: those with a higher
+    bid, and those with an equal one that come first.
 
     Args:
         score: ``(n, N, H)``, at least float32.
@@ -97,7 +124,12 @@ def compete(score: Tensor, k: int) -> Tensor:
         ``(n, N)``, bool, ``k`` times true in each column.
     """
     bids = score.detach().mean(-1)
-    if k == bids.size(0):
+    n = bids.size(0)
+    if k == n:
         return torch.ones_like(bids, dtype=torch.bool)
-    winners = torch.sort(-bids, dim=0, stable=True).indices[:k]
-    return torch.zeros_like(bids, dtype=torch.bool).scatter(0, winners, 1)  # torch.jit takes no True there
+    lowest = torch.finfo(bids.dtype).min
+    bids = torch.where(bids.isnan(), -math.inf, bids.clamp(min=lowest))
+    higher = bids.unsqueeze(1) > bids  # (n, n, N): the first unit's bid than the second's
+    first = torch.ones(n, n, dtype=torch.bool, device=bids.device).triu(1).unsqueeze(-1)
+    ahead = (higher & ~first) | (~higher.transpose(0, 1) & first)
+    return ahead.sum(0) < k

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack, override
@@ -25,7 +26,9 @@ from rim_rnn.units import (
     check_sizes,
     choose_num_units,
     describe,
+    leaf,
     plain_int,
+    refuse_to_script,
 )
 
 
@@ -42,8 +45,12 @@ class RIM(nn.Module, Generic[StateT]):
             a_j = \mathrm{softmax}([0, s_j])_2 = \sigma(s_j) & \text{input attention, eq. 2} \\
             \tilde h_j, c'_j = \mathrm{LSTM}_j(a_j (x W^v + b^v), h_j, c_j) & \text{winners, eq. 4} \\
             \tilde h_j, c'_j = h_j, c_j & \text{losers} \\
-            h'_j = \tilde h_j + \mathrm{attention}_j(\tilde h_1, \dots, \tilde h_n) W^o_j & \text{winners, eqs. 5 and 6}
+            h'_j = \tilde h_j + \tanh(\mathrm{attention}_j(\tilde h_1, \dots, \tilde h_n) W^o_j) & \text{winners, eqs. 5 and 6}
         \end{array}
+
+    The :math:`\tanh` is not in the printed equation 6, which has no bound. With it ``|h'|`` is at most ``max(2, |h_0|)``,
+    whatever the input, the length and the weights (without projections); GRU units, which add
+    :math:`\max(0, 1 - |\tilde h_j|)` times it, stay within ``max(1, |h_0|)``. ``comm_bounded=False`` adds what is printed.
 
     The positional arguments are those of :class:`torch.nn.LSTM`, in its order and with its defaults, and so are inputs and
     outputs. Defaults draw no random numbers in the forward pass.
@@ -74,6 +81,7 @@ class RIM(nn.Module, Generic[StateT]):
         query_size_comm: ``None`` or ``key_size_comm``. Default: ``None``
         num_comm_heads: Heads of the communication; 0 switches it off. Default: 4
         comm_dropout: Dropout on the communication's probabilities. Default: 0 (the paper: 0.1)
+        comm_bounded: ``False`` adds the message itself, as equation 6 is printed; no parameter depends on it. Default: ``True``
 
     Inputs: input, (h_0, c_0)
         - **input**: ``(L, H_in)``, ``(L, N, H_in)``, with ``batch_first=True`` ``(N, L, H_in)``, or a
@@ -141,6 +149,7 @@ class RIM(nn.Module, Generic[StateT]):
     query_size_comm: int = property(attrgetter("cells.0.query_size_comm"))  # type: ignore[assignment]
     num_comm_heads: int = property(attrgetter("cells.0.num_comm_heads"))  # type: ignore[assignment]
     comm_dropout: float = property(attrgetter("cells.0.comm_dropout"))  # type: ignore[assignment]
+    comm_bounded: bool = property(attrgetter("cells.0.comm_bounded"))  # type: ignore[assignment]
 
     @overload
     def __init__(
@@ -219,6 +228,7 @@ class RIM(nn.Module, Generic[StateT]):
         query_size_comm: int | None = None,
         num_comm_heads: int = 4,
         comm_dropout: float = 0.0,
+        comm_bounded: bool = True,
     ) -> None:
         super().__init__()
         num_layers, proj_size = plain_int(num_layers), plain_int(proj_size)
@@ -261,6 +271,7 @@ class RIM(nn.Module, Generic[StateT]):
                 query_size_comm=query_size_comm,
                 num_comm_heads=num_comm_heads,
                 comm_dropout=comm_dropout,
+                comm_bounded=comm_bounded,
             )
             for layer in range(num_layers)
             for _ in range(self.num_directions)
@@ -299,12 +310,17 @@ class RIM(nn.Module, Generic[StateT]):
             >>> RIM(10, 20, device="meta").path(torch.zeros(5, 3, 10, device="meta"))  # doctest: +ELLIPSIS
             'readable: ...'
         """
+        cells = self._cells()
         x = input.data if isinstance(input, PackedSequence) else input
         if autocast_dtype(x.device):
-            x = x.to(self._cells()[0].dynamics.weight_hh.dtype)
-        reasons = (native.supports(cell, x, ()) for cell in self._cells())
-        reason = next((r for r in reasons if r is not None), None)
-        return "native" if reason is None else f"readable: {reason}"
+            x = x.to(cells[0].like(x).dtype)
+        for index, cell in enumerate(cells):
+            reason = f"cells.{index} has a hook or a forward of its own" if cell.is_called() else native.supports(cell, x, ())
+            if reason is not None:
+                return f"readable: {reason}"
+        return "native"
+
+    __prepare_scriptable__ = refuse_to_script
 
     def _cells(self) -> list[RIMCell[Any]]:
         cells: Any = self._modules["cells"]  # without a search, as RIMCell.stages
@@ -331,7 +347,9 @@ class RIM(nn.Module, Generic[StateT]):
         if not packed and x.size(1 if self.batch_first and x.dim() == 3 else 0) == 0:
             raise RuntimeError(f"Expected sequence length to be larger than 0 in RIM, got input of size {tuple(x.shape)}")
 
-    def _check_hx(self, cells: list[RIMCell[Any]], state: State, batch: int, batched: bool, packed: bool) -> State:
+    def _check_hx(
+        self, cells: list[RIMCell[Any]], weight: Tensor, state: State, batch: int, batched: bool, packed: bool
+    ) -> State:
         """The given states as ``(D * num_layers, N, features)`` each, or the error that says what does not fit."""
         cell = cells[0]
         dim = 3 if batched else 2
@@ -344,23 +362,31 @@ class RIM(nn.Module, Generic[StateT]):
             expected = (len(cells), batch, size) if batched else (len(cells), size)
             if s.shape != expected:
                 raise RuntimeError(f"Expected {name}_0 size {expected}, got {tuple(s.shape)}")
-        state = tuple(check_alike(f"{name}_0", s, cell.dynamics.weight_hh) for name, s in zip("hc", state, strict=False))
+        state = tuple(check_alike(f"{name}_0", s, weight) for name, s in zip("hc", state, strict=False))
         return state if batched else tuple(s.unsqueeze(1) for s in state)
 
     @overload
-    def forward(self, input: Tensor, hx: StateT | None = None) -> tuple[Tensor, StateT]: ...
+    def forward(self, input: Tensor, hx: StateT | list[Tensor] | None = None) -> tuple[Tensor, StateT]: ...
     @overload
-    def forward(self, input: PackedSequence, hx: StateT | None = None) -> tuple[PackedSequence, StateT]: ...
-    def forward(self, input: Tensor | PackedSequence, hx: StateT | None = None) -> tuple[Tensor | PackedSequence, StateT]:
+    def forward(self, input: PackedSequence, hx: StateT | list[Tensor] | None = None) -> tuple[PackedSequence, StateT]: ...
+    def forward(
+        self, input: Tensor | PackedSequence, hx: StateT | list[Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, StateT]:
         """All steps of all layers and directions, on the inputs described above."""
+        if isinstance(input, fx.Proxy):
+            return cast("tuple[Tensor, StateT]", leaf(self, input, hx))
         cells = self._cells()
-        weight = cells[0].stages()[1].weight_hh
+        alone = len(cells) == 1
+        x = input.data if isinstance(input, PackedSequence) else input
+        weight = cells[0].like(x) if isinstance(x, Tensor) else torch.empty(0)
         self._check_input(input, weight)
         batch_sizes = sorted_indices = unsorted_indices = None
         batched = True
         if isinstance(input, PackedSequence):
             x, batch_sizes, sorted_indices, unsorted_indices = input
             sizes = cast("list[int]", batch_sizes.tolist())
+            if not sizes or any(later > earlier for earlier, later in pairwise(sizes)):
+                raise RuntimeError(f"batch_sizes of a PackedSequence should be there and never grow, got {sizes}")
             batch = sizes[0]
         else:
             x, sizes, batched = input, None, input.dim() == 3
@@ -372,21 +398,22 @@ class RIM(nn.Module, Generic[StateT]):
         given = x.dtype
         x = check_alike("input", x, weight)
         if hx is None:
-            first = [cells[0].zero_state(x, batch)] * len(cells)
+            first = [cells[0].zero_state(x, 1, batch)] if alone else [cells[0].zero_state(x, batch)] * len(cells)
         else:
             state: State = cells[0].check_state(hx, too_few=TypeError)
             given = state[0].dtype
-            state = self._check_hx(cells, state, batch, batched, batch_sizes is not None)
+            state = self._check_hx(cells, weight, state, batch, batched, batch_sizes is not None)
             if sorted_indices is not None:
                 state = tuple(s.index_select(1, sorted_indices) for s in state)
-            first = list(zip(*(s.unbind(0) for s in state), strict=True))
+            first = [state] if alone else list(zip(*(s.unbind(0) for s in state), strict=True))
         last: list[State] = []
         traces = []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(self.num_directions):
                 index = layer * self.num_directions + direction
-                output, final, trace = cells[index].run(x, first[index], sizes, direction == 1, bool(self._recorders))
+                run = cells[index].call_over_time if cells[index].is_called() else cells[index].run
+                output, final, trace = run(x, first[index], sizes, direction == 1, bool(self._recorders))
                 outputs.append(output)
                 last.append(final)
                 traces.append(trace)
@@ -396,28 +423,32 @@ class RIM(nn.Module, Generic[StateT]):
         for records in self._recorders:
             records.append(assemble(traces, unsorted_indices, batched))
 
-        state = tuple([s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*last, strict=True)])
-        if self.mode == "GRU" and not self.bidirectional and (x.requires_grad or torch.jit.is_tracing()):  # type: ignore[attr-defined,no-untyped-call]
-            x = x.clone()  # users of nn.GRU may change its output in place; the native operator keeps its own for backward
+        state = last[0] if alone else tuple([torch.stack(s) for s in zip(*last, strict=True)])
         if autocast_dtype(x.device):
             fused = self.mode == "LSTM" and batch_sizes is None and not self.proj_size
             dtypes = [autocast_result_dtype(given, x.device, lowered) for lowered in (fused or self.proj_size > 0, fused)]
             x, state = x.to(dtypes[0]), tuple(s.to(dtype) for s, dtype in zip(state, dtypes, strict=False))
         if unsorted_indices is not None:
             state = tuple(s.index_select(1, unsorted_indices) for s in state)
+        transposed = self.batch_first and batched and batch_sizes is None
+        if transposed:
+            x = x.transpose(0, 1)
+        # What users of nn.LSTM and nn.GRU may change in place, or detach, is neither needed by backward nor a view.
+        changeable = self.mode == "GRU" or x.dtype == torch.float64 or batch_sizes is not None
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if (changeable and (x.requires_grad or traced) and not self.bidirectional) or (transposed and self.mode == "GRU"):
+            x = x.clone()
         if not batched:
             x, state = x.squeeze(1), tuple(s.squeeze(1) for s in state)
-        elif self.batch_first and batch_sizes is None:
-            x = x.transpose(0, 1)
         sequence = x if batch_sizes is None else PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
         return sequence, cast("StateT", state if self.mode == "LSTM" else state[0])
 
     if TYPE_CHECKING:
 
         @overload
-        def __call__(self, input: Tensor, hx: StateT | None = None) -> tuple[Tensor, StateT]: ...
+        def __call__(self, input: Tensor, hx: StateT | list[Tensor] | None = None) -> tuple[Tensor, StateT]: ...
         @overload
-        def __call__(self, input: PackedSequence, hx: StateT | None = None) -> tuple[PackedSequence, StateT]: ...
+        def __call__(self, input: PackedSequence, hx: StateT | list[Tensor] | None = None) -> tuple[PackedSequence, StateT]: ...
         def __call__(self, input: Any, hx: Any = None) -> Any: ...
 
     @override

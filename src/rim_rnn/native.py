@@ -1,6 +1,6 @@
 """The fast path: a whole sequence of one cell, forward and backward, in one native operator (``csrc/``).
 
-It is equal to :meth:`RIMCell.scan` because it computes the same four stages from the same parameters: ``csrc/step.h`` has them
+It is equal to :meth:`Step.scan` because it computes the same four stages from the same parameters: ``csrc/step.h`` has them
 by name and in order, and only multiplies the weights that meet ``x`` out first, which changes rounding and nothing else. The
 readable path stays the definition; ``tests/test_native.py`` holds every output and every gradient of this one against it.
 """
@@ -9,16 +9,29 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rim_rnn.opaque import NUM_TENSORS, gradients_like, plain_parameters, results_like, run, sizes_of
+from rim_rnn.dynamics import State
+from rim_rnn.readable import (
+    NUM_TENSORS,
+    SCHEMA,
+    differentiate,
+    gradients_like,
+    is_registered,
+    plain_parameters,
+    results_like,
+    sizes_of,
+)
 from rim_rnn.recording import Trace
 from rim_rnn.units import divide
 
-State = tuple[Tensor, ...]
+ISAS = ("baseline", "avx2", "avx512")
+"""The instruction sets that the operator is built for, in the order of ``csrc/rim.cpp``."""
 
 NARROW = (torch.bfloat16, torch.float16)
 """Computed in float32, and only the results are rounded."""
@@ -26,9 +39,11 @@ NARROW = (torch.bfloat16, torch.float16)
 
 def _load() -> str | None:
     """Load the operator. The reason why there is none, or ``None``."""
-    wanted = os.environ.get("RIM_RNN_NATIVE", "")
+    wanted, isa = os.environ.get("RIM_RNN_NATIVE", ""), os.environ.get("RIM_RNN_ISA", "")
     if wanted not in ("", "0", "1"):
         raise ImportError(f"RIM_RNN_NATIVE should be 0, 1 or empty, got {wanted!r}")
+    if isa and isa not in ISAS:
+        raise ImportError(f"RIM_RNN_ISA should be {', '.join(ISAS)} or empty, got {isa!r}")
     if wanted == "0":
         return "switched off by RIM_RNN_NATIVE=0"
     here = Path(__file__).parent
@@ -39,9 +54,14 @@ def _load() -> str | None:
         reason = "the native operator is older than its sources (make setup builds it again)"
     else:
         try:
-            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+            if not is_registered("infer", f"({SCHEMA}) -> (Tensor output, Tensor h_n, Tensor c_n)"):
+                torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+                _register()
+            torch.ops.rim_rnn.isa()  # or the error of one that the processor does not have
         except OSError as error:
             reason = f"the native operator does not load: {error}"
+        except RuntimeError as error:
+            raise ImportError(str(error)) from error
         else:
             return None
     if wanted == "1":
@@ -49,27 +69,34 @@ def _load() -> str | None:
     return reason
 
 
-_unavailable = _load()
-_switched_off = False
+def instruction_set() -> str:
+    """The one that the operator runs on here: the best that the processor has, or what RIM_RNN_ISA names."""
+    return ISAS[torch.ops.rim_rnn.isa()]
+
+
+_switched_off = 0  # by so many readable() at this time
+_switch = Lock()
 
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Inside, every call takes the readable path."""
+    """Inside, every call takes the readable path, those of other threads too."""
     global _switched_off
-    before, _switched_off = _switched_off, True
+    with _switch:
+        _switched_off += 1
     try:
         yield
     finally:
-        _switched_off = before
+        with _switch:
+            _switched_off -= 1
 
 
 def supports(cell: Any, input: Tensor, state: State) -> str | None:
     """Why a call can not run natively, or ``None`` where it can.
 
     Args:
-        cell: The :class:`RIMCell`.
-        input, state: As :meth:`RIMCell.scan` takes them.
+        cell: The :class:`Step`.
+        input, state: As :meth:`Step.scan` takes them.
 
     Returns:
         The reason for taking the readable path, or ``None``.
@@ -107,19 +134,19 @@ def scan(
     reverse: bool = False,
     record: bool = False,
 ) -> tuple[Tensor, State, list[Trace]] | None:
-    """:meth:`RIMCell.scan` in the native operator.
+    """:meth:`Step.scan` in the native operator.
 
     Args:
-        cell: The :class:`RIMCell`.
+        cell: The :class:`Step`.
         input: ``(T, N, input_size)``, or packed ``(sum(batch_sizes), input_size)``.
-        state: ``(h_0, c_0)`` or ``(h_0,)``, each ``(N, features)``.
+        state: ``(h_0, c_0)`` or ``(h_0,)``, each ``(N, features)`` or ``(1, N, features)``.
         batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
         reverse: Go from the last step to the first; results stay in the input's order of time.
         record: Also return what each step did.
 
     Returns:
-        The outputs in the layout of ``input``, the last states, and one trace per step if ``record``; or ``None`` where
-        :func:`supports` has a reason to decline.
+        The outputs in the layout of ``input``, the last states in that of ``state``, and one trace per step if ``record``; or
+        ``None`` where :func:`supports` has a reason to decline.
 
     Raises:
         RuntimeError: A size does not fit; the message names it.
@@ -140,7 +167,9 @@ def scan(
         output, h_n, c_n, winners, saved = operator(*tensors, *sizes)
         if record:
             with torch.no_grad():
-                traces = _traces(cell, input, state[0], batch_sizes, reverse, output, winners, saved)
+                traces = _traces(
+                    cell, input, state[0].reshape(-1, state[0].size(-1)), batch_sizes, reverse, output, winners, saved
+                )
     else:
         output, h_n, c_n = torch.ops.rim_rnn.infer.default(*tensors, *sizes)
     if input.dtype in NARROW:
@@ -184,10 +213,11 @@ def _traces(
 
 def _scan_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     query, weight_ih = rest[0], rest[6]
-    _, k, heads, comm_heads, _ = rest[-5:]
+    _, k, heads, comm_heads, bounded, _ = rest[-6:]
     total = input.numel() // input.shape[-1]
     u = weight_ih.shape[2] // (3 if c is None else 4)
-    per_winner = heads + 4 * u + (0 if c is None else u) + query.shape[1] + comm_heads * query.shape[0]
+    n, p, _ = query.shape
+    per_winner = heads + 4 * u + (0 if c is None else u) + (2 if bounded and comm_heads else 1) * p + comm_heads * n
     winners = input.new_empty(total, k, dtype=torch.int32)
     return *results_like(input, h, c, *rest), winners, input.new_empty(total * k * per_winner)
 
@@ -210,7 +240,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     tensors = _widened(given)
     without = None, None, *(None for _ in ctx.sizes)  # what dropout drew, and the sizes, have no gradient
     if torch.is_grad_enabled():  # exactly when the caller asked for create_graph
-        found = _differentiate_readable(tensors, ctx.sizes, grads[:3], ctx.needs_input_grad)
+        found = differentiate(tensors, ctx.sizes, grads[:3], ctx.needs_input_grad)
         return *found, *without
     grad_c = None if tensors[2] is None else grads[2]
     results = iter(
@@ -224,21 +254,22 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return *by_tensor, *without  # autograd rounds gradients to the dtype of what they belong to
 
 
-def _differentiate_readable(
-    tensors: Sequence[Any], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """The gradients by way of the readable path, themselves differentiable: what double backward takes."""
-    with torch.autocast("cpu", enabled=False):  # forward was not lowered either
-        results = run(tensors, sizes)
-        given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None]
-        wanted = wanted[: len(tensors) - 2]
-        differentiable = [t for t, want in zip(tensors, wanted, strict=False) if t is not None and want]
-        found = iter(
-            torch.autograd.grad(
-                [r for r, _ in given], differentiable, [g for _, g in given], create_graph=True, allow_unused=True
-            )
-        )
-    return [next(found) if t is not None and want else None for t, want in zip(tensors, wanted, strict=False)]
+def _backward_of_many(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[list[Tensor], list[int]]:
+    """The batching rule of backward, for many gradients of one call: each by itself."""
+    backward, dims = torch.ops.rim_rnn.scan_backward.default, list(zip(args, in_dims, strict=True))
+    each = [backward(*(a if d is None else a.select(d, i) for a, d in dims)) for i in range(info.batch_size)]
+    return [torch.stack(parts) for parts in zip(*each, strict=True)], [0] * len(each[0])
+
+
+def _backward_of_many_grads(*args: Any) -> list[Tensor]:
+    """The same where torch.autograd.grad has is_grads_batched: that is an earlier vmap, which asks for its rule by a key."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    dims = [0 if isinstance(a, Tensor) and torch._C._dispatch_keys(a).has("Batched") else None for a in args]
+    args = tuple(a if d is None else torch._remove_batch_dim(a, level, 0, 0) for a, d in zip(args, dims, strict=True))
+    size = next(a.size(0) for a, d in zip(args, dims, strict=True) if d is not None)
+    results, _ = _backward_of_many(SimpleNamespace(batch_size=size), dims, *args)
+    return [torch._add_batch_dim(result, 0, level) for result in results]
 
 
 class _Scan(torch.autograd.Function):
@@ -255,8 +286,13 @@ class _Scan(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-if _unavailable is None:
+def _register() -> None:
     torch.library.register_fake("rim_rnn::infer", results_like)
     torch.library.register_fake("rim_rnn::scan", _scan_fake)
     torch.library.register_fake("rim_rnn::scan_backward", _backward_fake)
     torch.library.register_autograd("rim_rnn::scan", _backward, setup_context=_setup_context)
+    torch.library.register_vmap("rim_rnn::scan_backward", _backward_of_many)
+    torch.library.impl("rim_rnn::scan_backward", "Batched", _backward_of_many_grads)
+
+
+_unavailable = _load()

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from rim_rnn.layer import RIM
 
 
 class Trace(NamedTuple):
@@ -41,7 +38,7 @@ class Record(NamedTuple):
 
 
 @contextmanager
-def record(rnn: "RIM[Any]") -> Iterator[list[Record]]:
+def record(rnn: nn.Module) -> Iterator[list[Record]]:
     """Record every forward of a :class:`~rim_rnn.RIM` inside the ``with`` block.
 
     Outputs, states and gradients stay the same bit for bit.
@@ -74,11 +71,12 @@ def record(rnn: "RIM[Any]") -> Iterator[list[Record]]:
     if not isinstance(rnn, nn.Module) or not hasattr(rnn, "_recorders"):
         raise TypeError(f"record() expects a rim_rnn.RIM, got: {type(rnn).__name__}")
     records: list[Record] = []
-    rnn._recorders = [*rnn._recorders, records]
+    layer: Any = rnn
+    layer._recorders = [*layer._recorders, records]
     try:
         yield records
     finally:
-        rnn._recorders = [recorder for recorder in rnn._recorders if recorder is not records]
+        layer._recorders = [recorder for recorder in layer._recorders if recorder is not records]
 
 
 def assemble(traces: list[list[Trace]], unsorted_indices: Tensor | None, batched: bool) -> Record:

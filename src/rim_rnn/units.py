@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 
@@ -142,18 +142,39 @@ def autocast_result_dtype(given: torch.dtype, device: torch.device, lowered: boo
 
 
 def divide(state: Tensor, num_units: int) -> Tensor:
-    """Unit-major view of a state, ``(N, n*p)`` -> ``(n, N, p)``: unit ``j`` owns ``state[..., j*p:(j+1)*p]``."""
-    return state.view(state.size(0), num_units, state.size(1) // num_units).transpose(0, 1)
+    """Unit-major view of a state, ``(N, n*p)`` or ``(1, N, n*p)`` -> ``(n, N, p)``: unit ``j`` owns ``[..., j*p:(j+1)*p]``."""
+    return state.view(state.size(-2), num_units, state.size(-1) // num_units).transpose(0, 1)
 
 
 def unite(state: Tensor) -> Tensor:
-    """The inverse of :func:`divide`, ``(n, N, p)`` -> ``(N, n*p)``."""
-    return state.transpose(0, 1).reshape(state.size(1), state.size(0) * state.size(2)).contiguous()
+    """The inverse of :func:`divide`, ``(n, ..., p)`` -> ``(..., n*p)``, in memory of its own."""
+    return torch.cat(state.unbind(0), dim=-1)
 
 
 def draw_dropout(probability: float, x: Tensor, *shape: int) -> Tensor:
     """What dropout multiplies probabilities with, 0 or ``1/(1-p)`` each: ``(M, *shape)`` for ``M`` rows of ``x``."""
     return F.dropout(x.new_ones(x.numel() // x.size(-1), *shape), probability)
+
+
+def leaf(module: nn.Module, input: fx.Proxy, hx: Any) -> fx.Proxy:
+    """A call of the module, for torch.fx.symbolic_trace, which looks into it as little as into a module of torch.nn."""
+    name = type(module).__name__
+    tracer: Any = input.tracer
+    try:
+        path = tracer.path_of_module(module)
+    except NameError:
+        raise fx.proxy.TraceError(f"symbolic_trace does not look inside a {name}: trace a module that holds one") from None
+    call: fx.Proxy = tracer.create_proxy("call_module", path, (input,) if hx is None else (input, hx), {})
+    return call
+
+
+def refuse_to_script(module: nn.Module) -> None:
+    """What :func:`torch.jit.script` asks of a module, and of those in it, before it begins."""
+    name = type(module).__name__
+    raise NotImplementedError(
+        f"torch.jit.script can not take a {name}; torch.export.export, torch.compile and torch.jit.trace can (torch.jit.trace "
+        "for the number of steps that it is shown)"
+    )
 
 
 def describe(module: Any, **defaults: object) -> str:
@@ -207,3 +228,35 @@ class UnitLinear(nn.Module):
     def extra_repr(self) -> str:
         num_units, in_features, out_features = self.weight.shape
         return f"{num_units}, {in_features}, {out_features}" + ("" if self.bias is None else ", bias=True")
+
+
+class SharedLinear(nn.Module):
+    """One linear map that all units share: ``x @ weight.T + bias`` for ``x`` of shape ``(..., in_features)``.
+
+    No :class:`torch.nn.Linear`, for what such a layer is replaced with (quantised, adapted, sharded) expects to be called, and
+    a fast path does not call it.
+
+    Attributes:
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)``, or ``None``.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        uniform_(self.weight.size(1), self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features}" + ("" if self.bias is None else ", bias=True")

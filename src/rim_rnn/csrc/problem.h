@@ -14,6 +14,7 @@ struct Sizes {
   int input, heads, key, value;                // input attention: `key` and `value` are sizes of one head
   int comm_heads, comm_key, comm_value;        // communication, likewise
   bool lstm, bias, projected, reverse;
+  bool bounded;                                // communication adds room * tanh(message), not the message
   bool fold_key, fold_value;                   // multiply W^q W^e, or W^v W_ih, out first
   bool in_place;                               // few rows: weights as they lie, none multiplied out or packed
   int blocks;                                  // batch row r belongs to block r % blocks
@@ -51,18 +52,20 @@ struct Saved {
   T* gates;          // after their activation, (4u); for GRU r, z, n and W_hn h + b_hn
   T* cell;           // c before the step, (u); LSTM only
   T* state;          // h~, (p)
+  T* squashed;       // tanh(message), (p); bounded only
   T* probabilities;  // of the communication; per step and row (n, k * comm_heads)
 
   RIM_INLINE static int64_t size(const Sizes& s) {
-    return s.total * s.k * (s.heads + s.gates() + (s.lstm ? s.u : 0) + s.p + int64_t(s.comm_heads) * s.n);
+    return s.total * s.k * (s.heads + s.gates() + (s.lstm ? s.u : 0) + (s.bounded ? 2 : 1) * int64_t(s.p) + int64_t(s.comm_heads) * s.n);
   }
   RIM_INLINE static Saved in(T* storage, int32_t* winners, const Sizes& s) {
     const int64_t count = s.total * s.k;
-    Saved saved{winners, storage, nullptr, nullptr, nullptr, nullptr};
+    Saved saved{winners, storage, nullptr, nullptr, nullptr, nullptr, nullptr};
     saved.gates = saved.attention + count * s.heads;
     saved.cell = saved.gates + count * s.gates();
     saved.state = saved.cell + (s.lstm ? count * s.u : 0);
-    saved.probabilities = saved.state + count * s.p;
+    saved.squashed = saved.state + count * s.p;
+    saved.probabilities = saved.squashed + (s.bounded ? count * s.p : 0);
     return saved;
   }
 };

@@ -72,22 +72,34 @@ class Input {
   Optional copy_;
 };
 
-// The instruction set: the best that the processor has, or what RIM_RNN_ISA names, if it has that.
-template <class T>
-const Kernels<T>& kernels() {
-  static const Kernels<T> chosen = [] {
+// The instruction set: the best that the processor has, or the one that RIM_RNN_ISA names.
+constexpr const char* ISAS[] = {"baseline", "avx2", "avx512"};  // as native.py has them
+
+int64_t isa() {
+  static const int64_t chosen = [] {
+    bool has[] = {true, false, false};
 #if defined(__x86_64__)
-    const char* wanted = std::getenv("RIM_RNN_ISA");
-    const auto allowed = [&](const char* name) { return !wanted || !*wanted || !std::strcmp(wanted, name); };
     __builtin_cpu_init();
-    if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma"))
-      return avx512::kernels<T>();
-    if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels<T>();
+    has[1] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    has[2] = has[1] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512bw");
 #endif
-    return baseline::kernels<T>();
+    const char* wanted = std::getenv("RIM_RNN_ISA");
+    if (!wanted || !*wanted) return has[2] ? 2 : has[1] ? 1 : 0;
+    for (int i = 0; i < 3; ++i)
+      if (!std::strcmp(wanted, ISAS[i])) return has[i] ? i : (fail(std::string("RIM_RNN_ISA=") + wanted + ", which this processor does not have"), 0);
+    fail(std::string("RIM_RNN_ISA should be baseline, avx2, avx512 or empty, got ") + wanted);
   }();
   return chosen;
+}
+
+template <class T>
+Kernels<T> kernels() {
+#if defined(__x86_64__)
+  if (isa() == 2) return avx512::kernels<T>();
+  if (isa() == 1) return avx2::kernels<T>();
+#endif
+  return baseline::kernels<T>();
 }
 
 constexpr int MOST = INT_MAX / 64;  // of a size: sums of a few are 32-bit integers in the kernels
@@ -111,7 +123,7 @@ struct Arguments {
   const Optional &bias_ih, &bias_hh, &weight_hr, &comm_query, &comm_key, &comm_value, &comm_output, &keep_input, &keep_comm;
   const std::vector<int64_t>& batch_sizes;
   int64_t k, heads, comm_heads;
-  bool reverse;
+  bool bounded, reverse;
 };
 
 int size_of(const char* name, const Tensor& tensor, int64_t dims, int64_t dim, int64_t most = MOST) {
@@ -132,11 +144,12 @@ struct Call {
   std::vector<int64_t> batch_sizes, offsets;
   std::vector<Input<T>> inputs;  // keep copies of strided tensors alive
   Sizes& s = problem.s;
-  Shape output_shape;
+  Shape output_shape, h_shape, c_shape;
 
   explicit Call(const Arguments& a, bool backward) {
     const bool packed = !a.batch_sizes.empty();
     s.lstm = a.c.has_value(), s.bias = a.query_bias.has_value(), s.projected = a.weight_hr.has_value(), s.reverse = a.reverse;
+    s.bounded = a.bounded && a.comm_heads > 0;
     s.n = size_of("input_attention.query.weight", a.query, 3, 0);
     s.p = size_of("input_attention.query.weight", a.query, 3, 1);
     s.u = divided("dynamics.weight_ih", a.weight_ih, 3, 2, "gates", s.lstm ? 4 : 3);
@@ -153,11 +166,14 @@ struct Call {
     }
     narrow("num_units * num_input_heads", int64_t(s.n) * s.heads), narrow("num_units * (num_comm_heads + 1)", s.n * (s.comm_heads + int64_t(1)));
     narrow("num_input_heads * (input_size + 1)", s.heads * (s.input + int64_t(1)));
+    narrow("num_units * features of a unit's h", int64_t(s.n) * s.p, INT_MAX / 2), narrow("num_units * features of a unit's c", int64_t(s.n) * s.u, INT_MAX / 2);
+    narrow("num_units * (k * num_comm_heads + 1)", s.n * (int64_t(s.k) * s.comm_heads + 1), INT_MAX / 16);
 
     // Time: the rows present at each step, and where they start.
     const int64_t dims = packed ? 2 : 3;
     if (a.input.dim() != dims) fail("input should have " + std::to_string(dims) + " dimensions, got " + std::to_string(a.input.dim()));
-    s.batch = size_of("h_0", a.h, 2, 0, INT_MAX / 2 / s.n);  // the kernels count pairs of a row and a unit
+    const bool layered = a.h.dim() == 3;  // states as a layer has them: (1, batch, features)
+    s.batch = size_of("h_0", a.h, 2 + layered, layered, INT_MAX / 2 / s.n);  // the kernels count pairs of a row and a unit
     if (packed && a.batch_sizes.front() != s.batch) fail("batch_sizes should start at h_0.size(0)=" + std::to_string(s.batch) + ", got " + std::to_string(a.batch_sizes.front()));
     if (!a.input.size(0)) fail("input.size(0) should be positive, got 0");
     batch_sizes = packed ? a.batch_sizes : std::vector<int64_t>(a.input.size(0), s.batch);
@@ -180,8 +196,10 @@ struct Call {
       return inputs.emplace_back(name, tensor, shape, present);
     };
     problem.input = inputs.emplace_back("input", a.input, packed ? Shape{s.total, s.input} : Shape{s.steps, s.batch, s.input});
-    problem.h = take("h_0", a.h, {s.batch, n * p});
-    problem.c = take("c_0", a.c, {s.batch, n * u}, s.lstm);
+    h_shape = layered ? Shape{1, s.batch, n * p} : Shape{s.batch, n * p};
+    c_shape = layered ? Shape{1, s.batch, n * u} : Shape{s.batch, n * u};
+    problem.h = inputs.emplace_back("h_0", a.h, h_shape);
+    problem.c = inputs.emplace_back("c_0", a.c, c_shape, s.lstm);
     Parameters<const T>& w = problem.weight;
     w.query = take("input_attention.query.weight", a.query, {n, p, d_q});
     w.query_bias = take("input_attention.query.bias", a.query_bias, {n, d_q}, s.bias);
@@ -202,7 +220,7 @@ struct Call {
     problem.keep_input = take("keep_input", a.keep_input, {s.total, n, s.heads}, a.keep_input.has_value());
     problem.keep_comm = take("keep_comm", a.keep_comm, {s.total, s.comm_heads, n, n}, comm && a.keep_comm.has_value());
 
-    if (double(s.total) * s.k * (s.heads + 5.0 * u + p + double(s.comm_heads) * n) > 1e18) fail("the rows of all steps are too many for backward to keep");
+    if (double(s.total) * s.k * (s.heads + 5.0 * u + 2.0 * p + double(s.comm_heads) * n) > 1e18) fail("the rows of all steps are too many for backward to keep");
     s.input_scale = 1 / std::sqrt(double(s.key));
     s.comm_scale = comm ? 1 / std::sqrt(double(s.comm_key)) : 0;
     output_shape = packed ? Shape{s.total, n * p} : Shape{s.steps, s.batch, n * p};
@@ -250,12 +268,15 @@ void parallel(int64_t tasks, const F& task) {
 
 // Contiguous memory on the CPU. Straight from the C functions of the ABI: torch::stable::empty looks its operator up by name.
 template <class AnyShape = Braces>
-Tensor empty(const AnyShape& shape, int32_t dtype) {
+Tensor empty(const char* what, const AnyShape& shape, int32_t dtype) {
   int64_t strides[3], stride = 1;
   if (shape.size() > 3) fail("a result of more than 3 dimensions");
   for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), &*shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  if (aoti_torch_empty_strided(shape.size(), &*shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made) != AOTI_TORCH_SUCCESS) {
+    const int64_t bytes = dtype == aoti_torch_dtype_uint8() ? 1 : dtype == aoti_torch_dtype_float64() ? 8 : 4;
+    fail(std::string("not enough memory for ") + what + " of shape " + shape_of(shape) + ": could not allocate " + std::to_string(stride * bytes) + " bytes");
+  }
   const Tensor tensor(made);
 #if defined(MADV_HUGEPAGE)
   // A large piece comes fresh from the system each time: in pages of 2 MB where it gives them, for each of 4 KB is a fault.
@@ -284,16 +305,16 @@ Results scan_as(const Arguments& a, bool save) {
   Problem<T>& problem = call.problem;
   const Sizes& s = problem.s;
   const int32_t type = dtype_of<T>();
-  const Tensor output = empty(call.output_shape, type), last_h = empty({s.batch, int64_t(s.n) * s.p}, type);
-  const Tensor last_c = empty({s.lstm ? s.batch : 0, int64_t(s.n) * s.u}, type);
+  const Tensor output = empty("output", call.output_shape, type), last_h = empty("h_n", call.h_shape, type);
+  const Tensor last_c = s.lstm ? empty("c_n", call.c_shape, type) : empty("c_n", {0, int64_t(s.n) * s.u}, type);
   Tensor winners = output, saved = output;  // of no use where nothing is saved
-  if (save) winners = empty({s.total, s.k}, aoti_torch_dtype_int32()), saved = empty({Saved<T>::size(s)}, type);
+  if (save) winners = empty("the winners", {s.total, s.k}, aoti_torch_dtype_int32()), saved = empty("what backward needs", {Saved<T>::size(s)}, type);
   problem.output = data<T>(output), problem.last_h = data<T>(last_h), problem.last_c = data<T>(last_c);
   problem.save = save;
   if (save) problem.saved = Saved<T>::in(data<T>(saved), data<int32_t>(winners), s);
 
-  const Kernels<T>& run = kernels<T>();
-  const Tensor storage = empty({run.setup(problem, nullptr, false)}, aoti_torch_dtype_uint8());
+  const Kernels<T> run = kernels<T>();
+  const Tensor storage = empty("working memory", {run.setup(problem, nullptr, false)}, aoti_torch_dtype_uint8());
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, false);
   if (!s.in_place) parallel(s.workers, [&](int64_t worker) { run.prepare(at, int(worker)); });
@@ -312,8 +333,8 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   const Sizes& s = problem.s;
   const int32_t type = dtype_of<T>();
   const Input<T> given_output("grad_output", grad_output, call.output_shape, grad_output.has_value());
-  const Input<T> given_h("grad_h_n", grad_h, {s.batch, int64_t(s.n) * s.p}, grad_h.has_value());
-  const Input<T> given_c("grad_c_n", grad_c, {s.batch, int64_t(s.n) * s.u}, s.lstm && grad_c.has_value());
+  const Input<T> given_h("grad_h_n", grad_h, call.h_shape, grad_h.has_value());
+  const Input<T> given_c("grad_c_n", grad_c, call.c_shape, s.lstm && grad_c.has_value());
   const Input<T> result("output", output, call.output_shape), kept("saved", saved, {Saved<T>::size(s)});
   if (winners.dim() != 2 || winners.size(0) != s.total || winners.size(1) != s.k || winners.scalar_type() != ScalarType::Int || !winners.is_contiguous())
     fail("winners should be a contiguous int32 tensor of shape " + shape_of({s.total, s.k}));
@@ -330,14 +351,14 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   std::vector<Tensor> grads;
   const auto like = [&](const Optional& tensor) -> T* {
     if (!tensor) return nullptr;
-    grads.push_back(empty(tensor->sizes(), type));
+    grads.push_back(empty("a gradient", tensor->sizes(), type));
     return data<T>(grads.back());
   };
   const Optional nothing;
   if (input_grad)
     problem.grad_input = like(a.input);
   else
-    grads.push_back(empty({0}, type));
+    grads.push_back(empty("no gradient", {0}, type));
   problem.grad_h = like(a.h), problem.grad_c = like(a.c);
   Parameters<T>& g = problem.grad;
   g.query = like(a.query), g.query_bias = like(a.query_bias), g.key = like(a.key), g.key_bias = like(a.key_bias);
@@ -345,8 +366,8 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   g.bias_ih = like(a.bias_ih), g.bias_hh = like(a.bias_hh), g.weight_hr = like(a.weight_hr);
   g.comm_query = like(a.comm_query), g.comm_key = like(a.comm_key), g.comm_value = like(a.comm_value), g.comm_output = like(a.comm_output);
 
-  const Kernels<T>& run = kernels<T>();
-  const Tensor storage = empty({run.setup(problem, nullptr, true)}, aoti_torch_dtype_uint8());
+  const Kernels<T> run = kernels<T>();
+  const Tensor storage = empty("working memory", {run.setup(problem, nullptr, true)}, aoti_torch_dtype_uint8());
   void* at = storage.mutable_data_ptr();
   run.setup(problem, at, true);
   if (!s.in_place) parallel(s.workers, [&](int64_t worker) { run.prepare(at, int(worker)); });
@@ -361,15 +382,15 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   "Tensor input, Tensor h, Tensor? c, Tensor query, Tensor? query_bias, Tensor key, Tensor? key_bias, Tensor value, "          \
   "Tensor? value_bias, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "              \
   "Tensor? comm_query, Tensor? comm_key, Tensor? comm_value, Tensor? comm_output, Tensor? keep_input, Tensor? keep_comm, "     \
-  "int[] batch_sizes, int k, int heads, int comm_heads, bool reverse"
+  "int[] batch_sizes, int k, int heads, int comm_heads, bool bounded, bool reverse"
 #define RIM_DECLARED                                                                                                           \
   Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key, Optional key_bias, Tensor value,          \
   Optional value_bias, Tensor weight_ih, Tensor weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,             \
   Optional comm_query, Optional comm_key, Optional comm_value, Optional comm_output, Optional keep_input, Optional keep_comm,  \
-  std::vector<int64_t> batch_sizes, int64_t k, int64_t heads, int64_t comm_heads, bool reverse
+  std::vector<int64_t> batch_sizes, int64_t k, int64_t heads, int64_t comm_heads, bool bounded, bool reverse
 #define RIM_PASSED                                                                                                             \
   input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,         \
-  comm_query, comm_key, comm_value, comm_output, keep_input, keep_comm, batch_sizes, k, heads, comm_heads, reverse
+  comm_query, comm_key, comm_value, comm_output, keep_input, keep_comm, batch_sizes, k, heads, comm_heads, bounded, reverse
 
 bool is_double(const Tensor& input) {
   const ScalarType type = input.scalar_type();
@@ -399,11 +420,14 @@ std::vector<Tensor> scan_backward(Optional grad_output, Optional grad_h, Optiona
 }  // namespace rim
 
 STABLE_TORCH_LIBRARY(rim_rnn, m) {
+  m.def("isa() -> int");  // by its place among baseline, avx2, avx512
   m.def("infer(" RIM_SCHEMA ") -> (Tensor output, Tensor h_n, Tensor c_n)");
   m.def("scan(" RIM_SCHEMA ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor winners, Tensor saved)");
   m.def("scan_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor output, Tensor winners, Tensor saved, "
         "bool input_grad, " RIM_SCHEMA ") -> Tensor[]");
 }
+
+STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&rim::isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CPU, m) {
   m.impl("infer", TORCH_BOX(&rim::infer));

@@ -291,7 +291,8 @@ struct Block {
     }
   }
 
-  // Communication, equations 5 and 6: h = h~ + softmax(query . key / sqrt(key size)) value W^o.
+  // Communication, equations 5 and 6: message = softmax(query . key / sqrt(key size)) value W^o, and h = h~ + room * tanh(message),
+  // or h~ + message as printed.
   // Winners ask, every unit shows: the queries, keys and values.
   void ask_and_show() {
     for (int j = first_unit; j < last_unit && s.comm_heads; ++j) {
@@ -321,8 +322,27 @@ struct Block {
   void take_up() {
     for (int j = first_unit; j < last_unit && s.comm_heads; ++j) {
       multiply(won[j], of_unit(heard, j, ld_heard), ld_heard, W.unit[j].output, state, ld_state);
-      for (int r = 0; r < won[j]; ++r) add(state_of(row[j * most + r], j), state + r * ld_state, p);
+      for (int r = 0; r < won[j]; ++r) {
+        const int i = row[j * most + r];
+        const T* message = state + r * ld_state;
+        if (s.bounded)
+          squash(message, state_of(i, j), problem.save ? problem.saved.squashed + (position(i) * k + slot[j * most + r]) * p : nullptr);
+        else
+          add(state_of(i, j), message, p);
+      }
     }
+  }
+  void squash(const T* message, T* state_, T* saved) const {
+    each_vector<T>(p, [&](int d, int left) {
+      const Vec<T> squashed = tanh<T>(load(message + d, left)), old = load(state_ + d, left);
+      store(state_ + d, old + (s.lstm ? squashed : room(old) * squashed), left);
+      if (saved) store(saved + d, squashed, left);
+    });
+  }
+  // What a GRU's h~ leaves below 1: max(0, 1 - |h~|).
+  static Vec<T> room(Vec<T> state_) {
+    const Vec<T> left = T(1) - (state_ < T(0) ? -state_ : state_);
+    return left > T(0) ? left : Vec<T>{};
   }
 
   // Below, of one row: a pair is a winner and a head, and a lane of a vector; every unit m is read.
@@ -518,7 +538,13 @@ struct Block {
       multiply(rows, talk.a(0), talk.ld_a, W.unit[j].read, of_unit(read, j, ld_read), ld_read);
       multiply(won[j], talk.a(0), talk.ld_a, W.unit[j].ask, of_unit(ask, j, ld_ask), ld_ask);
       for (int r = won[j]; r < rows; ++r) zero(talk.b(r) + e + w, e);  // losers did not ask
-      for (int r = 0; r < won[j]; ++r) copy(output.b(r), dh + (row[j * most + r] * n + j) * p, p);
+      for (int r = 0; r < won[j]; ++r) {
+        const int i = row[j * most + r];
+        if (s.bounded)
+          squash_backward(problem.saved.squashed + (position(i) * k + slot[j * most + r]) * p, talk.a(r), dh + (i * n + j) * p, output.b(r));
+        else
+          copy(output.b(r), dh + (i * n + j) * p, p);
+      }
       multiply(won[j], output.b(0), output.ld_b, W.unit_t[j].output, of_unit(dheard, j, ld_heard), ld_heard);
     }
     for (int i = 0; i < rows; ++i) {
@@ -544,6 +570,16 @@ struct Block {
       talk.rows += rows;
       output_panel[j].rows += won[j];
     }
+  }
+  // The gradient of the message, and to that of h~, which it has as a summand, what comes through a GRU's room.
+  void squash_backward(const T* squashed_, const T* state_, T* dstate, T* dmessage) const {
+    each_vector<T>(p, [&](int d, int left) {
+      const Vec<T> squashed = load(squashed_ + d, left), dy = load(dstate + d, left), dsquash = dy * (T(1) - squashed * squashed);
+      if (s.lstm) return store(dmessage + d, dsquash, left);
+      const Vec<T> old = load(state_ + d, left), room_ = room(old), droom = room_ > T(0) ? dy * squashed : Vec<T>{};
+      store(dmessage + d, room_ * dsquash, left);
+      store(dstate + d, old > T(0) ? dy - droom : old < T(0) ? dy + droom : dy, left);
+    });
   }
   void attend_backward(int i) const {
     dots(dhearing, s.e(), s.comm_value, dscores);

@@ -194,11 +194,13 @@ RIM_INLINE Vec<T> clamp(Vec<T> x, T least, T most) {  // NaN stays NaN
   x = x < least ? fill<T>(least) : x;
   return x > most ? fill<T>(most) : x;
 }
+// Exactly 0 and infinity beyond the range, so that a closed gate is closed, whatever it is multiplied with.
 template <class T>
 RIM_INLINE Vec<T> exp(Vec<T> x) {
   Vec<T> rest, power;
   exponent<T>(clamp<T>(x, Exponent<T>::least, Exponent<T>::most), rest, power);
-  return power + power * rest;
+  const Vec<T> result = x < Exponent<T>::least ? Vec<T>{} : power + power * rest;
+  return x > Exponent<T>::most ? fill<T>(T(1) / T(0)) : result;
 }
 template <class T>
 RIM_INLINE Vec<T> sigmoid(Vec<T> x) {

@@ -1,0 +1,307 @@
+"""The readable scan where it can not simply run: one node of the graph for any number of steps under torch.compile, a loop
+over a number of steps that torch.export leaves open, gradients that have gradients.
+
+It is equal to :meth:`Step.scan` because it calls that, or its step, with the given parameters, and lets autograd differentiate.
+Here too stands what decides whether any operator may take over, :func:`plain_parameters`, in the order of the schema.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan as scan_operator
+from torch.autograd import forward_ad
+
+from rim_rnn.dynamics import State
+from rim_rnn.recording import Trace
+from rim_rnn.step import Projected, Step, exactly_ours, oddity
+from rim_rnn.units import autocast_dtype, divide, unite
+
+UNROLLED = 16
+"""Up to so many steps torch.compile sees each of them and fuses what it finds, which takes its time for every one."""
+
+PARAMETERS = (
+    *(f"input_attention.{part}.{name}" for part in ("query", "key", "value") for name in ("weight", "bias")),
+    *(f"dynamics.{name}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")),
+    *(f"communication.{part}.weight" for part in ("query", "key", "value", "output")),
+)
+"""A cell's parameters in the order of the operators' schema."""
+
+NUM_TENSORS = 3 + len(PARAMETERS) + 2
+"""input, h, c, the parameters, and what dropout drew: the tensors of the schema, before the sizes."""
+
+
+def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] | str:
+    """The parameters in the order of the schema, ``None`` where the cell has none; or why they do not tell all of a call."""
+    if input.numel() == 0:
+        return "the input is empty"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on"
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
+        return "a torch.func transform is active"
+    if not torch.compiler.is_compiling():
+        if torch._C._get_tracing_state() is not None:
+            return "torch.jit is tracing"
+    elif is_exporting():
+        return "torch.export: the graph stays portable"
+    kind = type(cell)
+    if (
+        kind.step is not Step.step
+        or kind.scan is not Step.scan
+        or kind.project is not Step.project
+        or kind.draw is not Step.draw
+    ):
+        return f"a {kind.__name__} has a step of its own"
+    modules: Any = exactly_ours(cell)
+    if modules is None:
+        return oddity(cell) or "a stage is not ours"
+    _, query, key, value, dynamics, communication, *talking = modules
+    gates = dynamics._parameters
+    try:
+        parameters: list[Tensor | None] = [
+            *[module._parameters[name] for module in (query, key, value) for name in ("weight", "bias")],
+            *(gates["weight_ih"], gates["weight_hh"], gates["bias_ih"], gates["bias_hh"], gates.get("weight_hr")),
+            *([module._parameters["weight"] for module in talking] or (None,) * 4),
+        ]
+    except KeyError:
+        return ELSEWHERE
+    absent, dtype, on_cpu = 0, input.dtype, input.is_cpu
+    for tensor in (input, *state, *parameters):
+        if tensor is None:
+            absent += 1
+            continue
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+        if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu:
+            return "the tensors differ in dtype or device"
+    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if communication.num_heads else 4):
+        return ELSEWHERE
+    return parameters
+
+
+ELSEWHERE = "a parameter is not where the cell keeps it"  # as after pruning
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work: what is_exporting() says, but under Dynamo of torch 2.10, which takes it for true."""
+    return torch.compiler._is_exporting_flag
+
+
+def scan(
+    cell: Any, input: Tensor, state: State, batch_sizes: Sequence[int] | None, reverse: bool, record: bool
+) -> tuple[Tensor, State, list[Trace]] | None:
+    """:meth:`Step.scan` as one operator, where torch.compile would unroll many steps; elsewhere ``None``."""
+    if not torch.compiler.is_compiling() or is_exporting() or record or autocast_dtype(input.device):
+        return None
+    if (input.size(0) if batch_sizes is None else len(batch_sizes)) <= UNROLLED:
+        return None
+    parameters = plain_parameters(cell, input, state)
+    if isinstance(parameters, str):
+        return None
+    c = state[1] if len(state) == 2 else None
+    output, h_n, c_n = torch.ops.rim_rnn.readable.default(
+        input, state[0], c, *parameters, *cell.draw(input), *sizes_of(cell, batch_sizes, reverse)
+    )
+    return output, (h_n,) if c is None else (h_n, c_n), []
+
+
+def loop(
+    cell: Step, input: Tensor, state: State, batch_sizes: Sequence[int] | None, reverse: bool
+) -> tuple[Tensor, State, list[Trace]] | None:
+    """:meth:`Step.scan` as a loop in the graph of torch.export, if that leaves the number of steps open; elsewhere ``None``."""
+    if not (torch.compiler.is_compiling() and is_exporting()) or batch_sizes is not None or isinstance(input.size(0), int):
+        return None
+    steps, batch, size = input.shape
+    onnx = torch.onnx.is_in_onnx_export()  # whose passes run the loop again, and stumble over what gradients would need
+
+    def bare(tensor: Tensor) -> Tensor:
+        return tensor.detach() if onnx else tensor
+
+    _, key, gates, *keep, comm_weight = cell.project(input.reshape(steps * batch, size), cell.draw(input))
+    gates = None if gates is None else gates.transpose(0, 1)  # rows first, as all have them
+    rows: list[Any] = [part if part is None else part.view(steps, batch, *part.shape[1:]) for part in (key, gates, *keep)]
+    rows = [input, *rows]
+    rows = [
+        part if part is None else bare(part.flip(0) if reverse else part.clone()) for part in rows
+    ]  # no views: Dynamo's guards
+    comm_weight = comm_weight if comm_weight is None else bare(comm_weight)
+    lent, parameters = _Lent(cell, "step"), {f"step.{name}": bare(p) for name, p in cell.named_parameters()}
+
+    def advance(now: State, given: list[Tensor]) -> tuple[State, Tensor]:
+        some = iter(given)
+        every: list[Any] = [part if part is None else next(some) for part in rows]
+        x, key, gates, keep_input, keep_comm = every
+        gates = None if gates is None else gates.transpose(0, 1)
+        projected = Projected(x, key, gates, keep_input, keep_comm, comm_weight)
+        now, _ = torch.func.functional_call(lent, parameters, (projected, now))
+        return now, now[0].clone()
+
+    first = tuple(torch.stack(divide(s, cell.num_units).unbind(0)) for s in state)  # contiguous, whatever the batch
+    last, outputs = scan_operator(advance, first, [part for part in rows if part is not None])
+    output = unite((outputs.flip(0) if reverse else outputs).transpose(0, 1))
+    return output, tuple(unite(s.unsqueeze(1) if state[0].dim() == 3 else s) for s in last), []
+
+
+def sizes_of(cell: Any, batch_sizes: Sequence[int] | None, reverse: bool) -> tuple[Any, ...]:
+    """The rest of the schema: what the shapes of the tensors do not tell."""
+    input_attention, _, communication = cell.stages()
+    return [*(batch_sizes or ())], cell.k, input_attention.num_heads, communication.num_heads, communication.bounded, reverse
+
+
+class _Lent(nn.Module):
+    """A step whose forward is one of its methods, so that torch.func.functional_call can lend it parameters."""
+
+    def __init__(self, step: Step, method: str) -> None:
+        super().__init__()
+        self.step, self.method = step, method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.step, self.method)(*args, **kwargs)
+
+
+def run(tensors: Sequence[Any], sizes: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The readable scan of a step with these parameters."""
+    *tensors, keep_input, keep_comm = tensors
+    input, h, c, query, query_bias, key, _, value, _, weight_ih, *_ = tensors
+    comm_query, _, comm_value, _ = tensors[-4:]
+    batch_sizes, k, heads, comm_heads, bounded, reverse = sizes
+    n = query.size(0)
+    with torch.no_grad():
+        step = Step(
+            input.size(-1),
+            n * (weight_ih.size(2) // (3 if c is None else 4)),
+            query_bias is not None,
+            device="meta",
+            dtype=input.dtype,
+            proj_size=0 if tensors[13] is None else n * query.size(1),
+            num_units=n,
+            k=k,
+            rnn_cell="GRU" if c is None else "LSTM",
+            key_size_input=key.size(0) // heads,
+            value_size_input=value.size(0) // heads,
+            num_input_heads=heads,
+            input_dropout=0.0,
+            key_size_comm=1 if comm_query is None else comm_query.size(2) // comm_heads,
+            value_size_comm=1 if comm_value is None else comm_value.size(2) // comm_heads,
+            num_comm_heads=comm_heads,
+            comm_dropout=0.0,
+            comm_bounded=bounded,
+        )
+    parameters = {f"step.{name}": t for name, t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None}
+    state = (h,) if c is None else (h, c)
+    output, last, _ = torch.func.functional_call(
+        _Lent(step, "scan"), parameters, (input, state, list(batch_sizes) or None, reverse), {"keep": (keep_input, keep_comm)}
+    )
+    return output, *last
+
+
+def differentiate(
+    tensors: Sequence[Any], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of a scan, themselves differentiable, for each of the ``tensors`` but what dropout drew.
+
+    Tensors of one call may share a history, or be one another's. An alias of each has none but that it is an alias of it:
+    gradients stop there, and theirs go on.
+    """
+    aliases: list[Any] = [t if t is None else t.view_as(t) for t in tensors]
+    places = [i for i, (t, want) in enumerate(zip(aliases[:-2], wanted, strict=False)) if t is not None and want]
+    found: list[Tensor | None] = [None] * (len(tensors) - 2)
+    with torch.autocast(tensors[0].device.type, enabled=False):  # forward was not lowered either
+        results = run(aliases, sizes)
+        given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None and r.requires_grad]
+        if given and places:
+            outputs, given_grads = zip(*given, strict=True)
+            gradients = torch.autograd.grad(
+                outputs, [aliases[i] for i in places], given_grads, create_graph=True, allow_unused=True
+            )
+            for place, gradient in zip(places, gradients, strict=True):
+                found[place] = gradient
+    return found
+
+
+def results_like(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs and last states, empty: their shapes without running. A GRU's ``c_n`` has no rows."""
+    weight_ih = rest[6]
+    others = [t.device for t in (h, c, *rest[: NUM_TENSORS - 3]) if t is not None and t.device != input.device]
+    if others:
+        raise RuntimeError(f"rim_rnn: all tensors should be on {input.device}, got one on {others[0]}")
+    output = input.new_empty(*input.shape[:-1], h.shape[-1])
+    c_n = input.new_empty(*((0, weight_ih.shape[0] * (weight_ih.shape[2] // 3)) if c is None else c.shape))
+    return output, h.new_empty(h.shape), c_n
+
+
+def gradients_like(*tensors: Tensor | None) -> list[Tensor]:
+    """One for each tensor that is there, contiguous and empty."""
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
+
+
+def _readable(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    results = run(args[:NUM_TENSORS], args[NUM_TENSORS:])
+    return (*results, results_like(*args)[2]) if args[2] is None else results  # type: ignore[return-value]
+
+
+def _readable_backward(*args: Any) -> list[Tensor]:
+    grads, tensors, sizes = args[:3], args[3 : 3 + NUM_TENSORS], args[3 + NUM_TENSORS :]
+    places = [i for i, t in enumerate(tensors[:-2]) if t is not None]
+
+    def results(*leaves: Tensor) -> tuple[Tensor, ...]:
+        lent = list(tensors)
+        for place, leaf in zip(places, leaves, strict=True):
+            lent[place] = leaf
+        return run(lent, sizes)
+
+    found, pull = torch.func.vjp(  # type: ignore[misc]
+        results, *(tensors[i] for i in places)
+    )
+    cotangents = tuple(torch.zeros_like(r) if g is None else g for r, g in zip(found, grads, strict=False))
+    return [gradient.contiguous() for gradient in pull(cotangents)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:NUM_TENSORS])
+    ctx.sizes = inputs[NUM_TENSORS:]
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    found = iter(torch.ops.rim_rnn.readable_backward.default(*grads, *tensors, *ctx.sizes))
+    return *(None if t is None else next(found) for t in tensors[:-2]), None, None, *(None for _ in ctx.sizes)
+
+
+SCHEMA = (
+    "Tensor input, Tensor h, Tensor? c, Tensor query, Tensor? query_bias, Tensor key, Tensor? key_bias, Tensor value, "
+    "Tensor? value_bias, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "
+    "Tensor? comm_query, Tensor? comm_key, Tensor? comm_value, Tensor? comm_output, Tensor? keep_input, Tensor? keep_comm, "
+    "int[] batch_sizes, int k, int heads, int comm_heads, bool bounded, bool reverse"
+)
+
+
+def is_registered(name: str, schema: str) -> bool:
+    """Whether an earlier import, or a copy of this package, has registered the operator. Of another version: an error."""
+    try:
+        found = str(getattr(torch.ops.rim_rnn, name).default._schema)
+    except AttributeError:
+        return False
+    if found != str(torch._C.parse_schema(f"rim_rnn::{name}{schema}")):
+        raise ImportError("another version of rim_rnn has registered its operators in this process")
+    return True
+
+
+def _register() -> None:
+    forward = f"({SCHEMA}) -> (Tensor output, Tensor h_n, Tensor c_n)"
+    if is_registered("readable", forward):
+        return
+    torch.library.define("rim_rnn::readable", forward)
+    torch.library.define(
+        "rim_rnn::readable_backward", f"(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, {SCHEMA}) -> Tensor[]"
+    )
+    torch.library.impl("rim_rnn::readable", "CompositeExplicitAutograd", _readable)
+    torch.library.impl("rim_rnn::readable_backward", "CompositeExplicitAutograd", _readable_backward)
+    torch.library.register_fake("rim_rnn::readable", results_like)
+    torch.library.register_fake("rim_rnn::readable_backward", lambda *args: gradients_like(*args[3 : 1 + NUM_TENSORS]))
+    torch.library.register_autograd("rim_rnn::readable", _backward, setup_context=_setup_context)
+
+
+_register()

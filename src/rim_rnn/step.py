@@ -1,0 +1,275 @@
+"""The definition: a step reads like section 2 of the paper, a scan is the step over time.
+
+Weights apply per unit, states are unit-major ``(n, N, ...)``: see units.py. Everything else in the package is either one of the
+four stages that meet here, or a faster or more convenient way to run what stands here.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from rim_rnn.communication import Communication
+from rim_rnn.dynamics import GRU, LSTM, Dynamics, State, keep_losers
+from rim_rnn.input_attention import InputAttention, compete
+from rim_rnn.recording import Trace
+from rim_rnn.units import SharedLinear, UnitLinear, divide, unite
+
+Keep = tuple[Tensor | None, Tensor | None]
+"""What dropout drew for the input attention, ``(M, n, H)``, and for the communication, ``(M, heads, n, n)``."""
+
+
+class Projected(NamedTuple):
+    """Everything a step needs beside the state: the input, what of it was computed for all steps at once, what dropout drew."""
+
+    x: Tensor  # (M, input_size)
+    key: Tensor | None  # (M, H*key_size): x W^e + b^e
+    gates: Tensor | None  # (H, M, n, G*u): (x W^v + b^v) W_ih
+    keep_input: Tensor | None  # (M, n, H)
+    keep_comm: Tensor | None  # (M, heads, n, n)
+    comm_weight: Tensor | None  # of all steps: Communication.weight
+
+    def split(self, sizes: list[int]) -> list["Projected"]:
+        """The rows of each step, of which there are ``sizes``."""
+        *of_rows, comm_weight = self
+        rows_at = (0, 0, 1, 0, 0)
+        parts: Any = (
+            [None] * len(sizes) if p is None else torch.split(p, sizes, d) for p, d in zip(of_rows, rows_at, strict=True)
+        )
+        return [Projected(*step, comm_weight) for step in zip(*parts, strict=True)]  # type: ignore[call-arg]
+
+
+class Step(nn.Module):
+    """The four stages of section 2 and their order; what :class:`RIMCell` is, without its manners.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: As in :class:`RIMCell`, and all that follows as well, nothing left open.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int,
+        num_units: int,
+        k: int,
+        rnn_cell: str,
+        key_size_input: int,
+        value_size_input: int,
+        num_input_heads: int,
+        input_dropout: float,
+        key_size_comm: int,
+        value_size_comm: int,
+        num_comm_heads: int,
+        comm_dropout: float,
+        comm_bounded: bool,
+    ) -> None:
+        super().__init__()
+        self.num_units, self.k = num_units, k
+        u, p = hidden_size // num_units, (proj_size or hidden_size) // num_units
+        self.input_attention = InputAttention(
+            input_size, num_units, p, num_input_heads, key_size_input, value_size_input, input_dropout, bias, device, dtype
+        )
+        self.dynamics = (LSTM if rnn_cell == "LSTM" else GRU)(
+            num_units, u, num_input_heads, value_size_input, proj_size // num_units, bias, device, dtype
+        )
+        self.communication = Communication(
+            num_units, p, num_comm_heads, key_size_comm, value_size_comm, comm_dropout, comm_bounded, rnn_cell, device, dtype
+        )
+
+    def stages(self) -> tuple[InputAttention, Dynamics, Communication]:
+        """The modules of section 2 in its order, without the search of ``nn.Module.__getattr__`` for each of them."""
+        stages: Any = self._modules
+        return stages["input_attention"], stages["dynamics"], stages["communication"]
+
+    def draw(self, x: Tensor) -> Keep:
+        """Dropout's draws, for one step or for all at once: ``x`` is ``(..., input_size)``, ``M`` rows in all."""
+        if not self.training:
+            return None, None
+        input_attention, _, communication = self.stages()
+        return input_attention.draw(x), communication.draw(x)
+
+    def project(self, x: Tensor, keep: Keep) -> Projected:
+        """What does not depend on the state, for one step or for all at once: ``x`` is ``(M, input_size)``.
+
+        Only of stages that are exactly ours: of others a step asks everything by calling them.
+        """
+        if oddity(self) is not None:
+            return Projected(x, None, None, *keep, None)
+        input_attention, dynamics, communication = self.stages()
+        gates = dynamics.project(x, input_attention.value)
+        return Projected(x, input_attention.project(x), gates, *keep, communication.weight())
+
+    def step(self, projected: Projected, state: State) -> tuple[State, Trace]:
+        """One step of section 2, on unit-major states ``(n, N, ...)``."""
+        input_attention, dynamics, communication = self.stages()
+        x, key, gates, keep_input, keep_comm, comm_weight = projected
+        # Input attention, equation 2: every unit bids for the input, and weighs it.
+        score, a_input, a_kept, value = input_attention(state[0], x, key, keep_input)
+        # Competition: the k highest bids win.
+        active = compete(score, self.k)
+        # Independent dynamics, equation 4: winners only.
+        new = dynamics(a_kept, value, gates, state)
+        h, *c = keep_losers(active, new, state)
+        # Communication, equations 5 and 6: winners read every unit.
+        h, attention = communication(h, active, comm_weight, keep_comm)
+        return (h, *c), Trace(active, a_input, attention)
+
+    def scan(
+        self,
+        input: Tensor,
+        state: State,
+        batch_sizes: list[int] | None = None,
+        reverse: bool = False,
+        record: bool = False,
+        keep: Keep | None = None,
+    ) -> tuple[Tensor, State, list[Trace]]:
+        """The step over time.
+
+        Args:
+            input: ``(T, N, input_size)``, or packed ``(sum(batch_sizes), input_size)``.
+            state: ``(h_0, c_0)`` or ``(h_0,)``, each ``(N, features)`` or ``(1, N, features)``.
+            batch_sizes: Rows present at each step, never growing; ``None`` where the input is not packed.
+            reverse: Go from the last step to the first; results stay in the input's order of time.
+            record: Also return what each step did.
+            keep: What :meth:`draw` returned for the input's rows in packed order; drawn here if not given.
+
+        Returns:
+            The outputs in the layout of ``input``, the last states in that of ``state``, and one trace per step if ``record``.
+        """
+        sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes
+        x = input.reshape(-1, input.size(-1))
+        steps = self.project(x, self.draw(x) if keep is None else keep).split(sizes)
+        traces: list[Trace] = []
+
+        def advance(t: int, now: State) -> State:
+            now, trace = self.step(steps[t], now)
+            if record:
+                traces.append(Trace(*(part.detach() for part in trace)))
+            return now
+
+        output, last = over_time(advance, state, self.num_units, sizes, reverse, packed=batch_sizes is not None)
+        return output, last, traces[::-1] if reverse else traces
+
+
+def over_time(
+    advance: Callable[[int, State], State], state: State, num_units: int, sizes: list[int], reverse: bool, packed: bool
+) -> tuple[Tensor, State]:
+    """``advance(t, now)`` at each step, on the unit-major states of the ``sizes[t]`` rows that are present then.
+
+    Args:
+        advance: Returns the states after step ``t``.
+        state: The first states, ``(N, features)`` or ``(1, N, features)``.
+        num_units: By how many to :func:`divide` them.
+        sizes: Rows present at each step, never growing.
+        reverse: Go from the last step to the first.
+        packed: Return the outputs as ``(sum(sizes), features)``, not as ``(T, N, features)``.
+
+    Returns:
+        The outputs in order of time, and each row's last states in the layout of ``state``.
+    """
+    first = tuple(divide(s, num_units) for s in state)
+    times = range(len(sizes) - 1, -1, -1) if reverse else range(len(sizes))
+    present = sizes[times[0]]
+    now, ended = tuple(s[:, :present] for s in first), []
+    outputs: list[Tensor] = [state[0]] * len(sizes)
+    for t in times:
+        if sizes[t] < present:  # rows whose sequence has ended
+            ended.append(tuple(s[:, sizes[t] :] for s in now))
+            now = tuple(s[:, : sizes[t]] for s in now)
+        elif sizes[t] > present:  # rows whose sequence begins, seen from its end
+            now = tuple(torch.cat([s, s_0[:, present : sizes[t]]], dim=1) for s, s_0 in zip(now, first, strict=True))
+        present = sizes[t]
+        now = advance(t, now)
+        outputs[t] = now[0]
+    output = unite(torch.cat(outputs, dim=1) if packed else torch.stack(outputs, dim=1))
+    last = [torch.cat(rows, dim=1) for rows in zip(now, *reversed(ended), strict=True)]
+    return output, tuple(unite(s.unsqueeze(1) if state[0].dim() == 3 else s) for s in last)
+
+
+# What is exactly ours. Where all of a cell is, its parameters tell what a call of it does, and may be used without one.
+
+MODULES: dict[str, tuple[type[nn.Module], ...]] = {
+    "input_attention": (InputAttention,),
+    "input_attention.query": (UnitLinear,),
+    "input_attention.key": (SharedLinear,),
+    "input_attention.value": (SharedLinear,),
+    "dynamics": (LSTM, GRU),
+    "communication": (Communication,),
+    **{f"communication.{part}": (UnitLinear,) for part in ("query", "key", "value", "output")},
+}
+"""A cell's modules and what they have to be. Those of the communication come last: without heads it has none."""
+
+KINDS = {kinds[:length] for kinds in product(*MODULES.values()) for length in (len(MODULES) - 4, len(MODULES))}
+"""The same by position, for one look-up."""
+
+METHODS = frozenset(
+    name
+    for kind in (Step, InputAttention, Dynamics, Communication, UnitLinear)
+    for name, value in vars(kind).items()
+    if callable(value)
+) | {"forward"}
+"""What nobody puts on an instance but to change what it does."""
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def exactly_ours(cell: nn.Module) -> tuple[nn.Module, ...] | None:
+    """The modules of a cell in the order of :data:`MODULES`, if all of them are exactly ours; else ``None``."""
+    try:
+        attention, dynamics, communication = (cell._modules[name] for name in ("input_attention", "dynamics", "communication"))
+        parts, talk = attention._modules, communication._modules  # type: ignore[union-attr]
+        talking = (talk["query"], talk["key"], talk["value"], talk["output"]) if talk else ()
+        found: Any = (attention, parts["query"], parts["key"], parts["value"], dynamics, communication, *talking)
+    except (KeyError, AttributeError):  # something was put in its place
+        return None
+    if tuple(map(type, found)) not in KINDS or _global_hook():
+        return None
+    for module in found:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return None
+        if "forward" in module.__dict__:
+            return None
+    for module in (cell, attention, dynamics, communication):
+        if not METHODS.isdisjoint(module.__dict__):
+            return None
+    ours: tuple[nn.Module, ...] = found
+    return ours
+
+
+def _global_hook() -> bool:
+    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says: a hook, or a forward of its own."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in HOOKS) or _global_hook()
+
+
+def oddity(cell: nn.Module) -> str | None:
+    """What about a cell's stages is not exactly ours, in words; or ``None``. :func:`exactly_ours` only sees that it is so."""
+    if exactly_ours(cell) is not None:
+        return None
+    if _global_hook():
+        return "a global module hook is registered"
+    for path, kinds in MODULES.items():
+        try:
+            module = cell.get_submodule(path)
+        except AttributeError:
+            if path.startswith("communication.") and not getattr(cell.communication, "num_heads", 1):
+                continue
+            return f"{path} is missing"
+        if type(module) not in kinds:
+            return f"{path} is a {type(module).__name__}"
+        if is_hooked(module):
+            return f"a hook is registered in {path}, or a forward put on it"
+        if not METHODS.isdisjoint(vars(module)):
+            return f"a method was put on {path}"
+    return "a method was put on the cell"
