@@ -256,7 +256,7 @@ def test_sb3_recurrent_ppo_remembers_the_cue(critic: dict[str, Any], tmp_path: P
 
 
 class MaskedRIM(RIM[Any]):
-    """For batches of several episodes in a row, where torchrl packs the input of an nn.LSTM and gives any other layer a mask."""
+    """For batches of several episodes in a row: there torchrl packs the input of an nn.LSTM and gives other layers a mask."""
 
     def forward(self, input: Tensor, hx: Any = None, mask: Tensor | None = None) -> Any:
         if mask is None:
