@@ -400,7 +400,7 @@ def merge(weight: Tensor, change: Tensor) -> None:
 @pytest.mark.parametrize("kind", [Adapted, SeeThrough])
 @cells
 def test_lora(rnn_cell: str, kind: type[Adapted]) -> None:
-    """An adapter in every projection's place is called: it alone learns, and merged into the weights it gives the same layer."""
+    """Adapters in the place of every projection: they alone learn, and merged into the weights they give the same layer."""
     rnn, x = layer(2, rnn_cell=rnn_cell).requires_grad_(False), normal(5, 2, 3, seed=1)
     plain = copy.deepcopy(rnn)
     for parent, name in matrices(rnn):
