@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from drawn import assert_identical, assert_same, strong
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rim_rnn import RIM
 
@@ -39,6 +39,17 @@ class Echo(nn.Module):
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         output, state = self.rnn(x, state)
         return self.head(output), state
+
+
+def shown(name: str) -> Any:
+    """What the page on tools shows under this name."""
+    page = (Path(__file__).parent.parent / "docs" / "tools.md").read_text(encoding="utf-8")
+    (code,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE) if f"class {name}(" in block
+    )
+    names = {"__name__": "docs.tools"}
+    exec(code, names)
+    return names[name]
 
 
 # Lightning
@@ -203,29 +214,13 @@ def cue_env(steps: int = 4) -> Any:
     return Cue()
 
 
-def rim_policy() -> Any:
-    """RecurrentActorCriticPolicy makes an nn.LSTM each for actor and critic; these lines put the layer in their place."""
-    policies = pytest.importorskip("sb3_contrib.common.recurrent.policies")
-
-    class RIMPolicy(policies.RecurrentActorCriticPolicy):  # type: ignore[misc, name-defined]
-        def __init__(self, observation_space: Any, action_space: Any, lr_schedule: Any, **kwargs: Any) -> None:
-            super().__init__(observation_space, action_space, lr_schedule, **kwargs)
-            for name in ("lstm_actor", "lstm_critic"):
-                if (lstm := getattr(self, name)) is not None:
-                    setattr(self, name, RIM(lstm.input_size, lstm.hidden_size, lstm.num_layers, **SMALL))
-            self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
-
-    return RIMPolicy
-
-
-@pytest.mark.parametrize("critic", [{}, {"enable_critic_lstm": False}], ids=["two", "actor only"])
-def test_sb3_recurrent_ppo_remembers_the_cue(critic: dict[str, Any], tmp_path: Path) -> None:
+def test_sb3_recurrent_ppo_remembers_the_cue(tmp_path: Path) -> None:
     """Chance is 0.5. A saved agent acts as the one that was trained."""
     sb3 = pytest.importorskip("sb3_contrib")
     agent = sb3.RecurrentPPO(
-        rim_policy(),
+        shown("RIMPolicy"),
         cue_env(),
-        policy_kwargs={"lstm_hidden_size": 16, "net_arch": [], **critic},
+        policy_kwargs={"lstm_hidden_size": 16, "net_arch": []},
         n_steps=128,
         batch_size=64,
         n_epochs=4,
@@ -233,7 +228,7 @@ def test_sb3_recurrent_ppo_remembers_the_cue(critic: dict[str, Any], tmp_path: P
         seed=0,
         device="cpu",
     )
-    agent.learn(3000)
+    agent.learn(2048)
     agent.save(tmp_path / "agent")
     again = sb3.RecurrentPPO.load(tmp_path / "agent", device="cpu")
     assert type(again.policy.lstm_actor) is RIM
@@ -253,17 +248,6 @@ def test_sb3_recurrent_ppo_remembers_the_cue(critic: dict[str, Any], tmp_path: P
             starts = [False]
         rewards.append(reward)
     assert sum(rewards) / len(rewards) == 1
-
-
-class MaskedRIM(RIM[Any]):
-    """For batches of several episodes in a row: there torchrl packs the input of an nn.LSTM and gives other layers a mask."""
-
-    def forward(self, input: Tensor, hx: Any = None, mask: Tensor | None = None) -> Any:
-        if mask is None:
-            return super().forward(input, hx)
-        packed = pack_padded_sequence(input, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-        output, state = super().forward(packed, hx)
-        return pad_packed_sequence(output, batch_first=True, total_length=mask.size(1))[0], state
 
 
 def torchrl_parts(rnn: RIM[Any]) -> tuple[Any, Any]:
@@ -290,11 +274,11 @@ def torchrl_policy(module: Any) -> Any:
 
 
 @pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
-@pytest.mark.parametrize(("kind", "steps"), [(RIM, 4), (MaskedRIM, 18)], ids=["one episode", "several"])
-def test_torchrl_rollout_again_in_one_call(kind: type[RIM[Any]], steps: int, rnn_cell: str) -> None:
+@pytest.mark.parametrize(("kind", "steps"), [("RIM", 4), ("MaskedRIM", 18)], ids=["one episode", "several"])
+def test_torchrl_rollout_again_in_one_call(kind: str, steps: int, rnn_cell: str) -> None:
     """Step by step in the rollout, then as sequences in training: the same features, nothing leaks from episode to episode."""
     torchrl = pytest.importorskip("torchrl.modules")
-    env, module = torchrl_parts(kind(1, 16, 2, batch_first=True, rnn_cell=rnn_cell, **SMALL))
+    env, module = torchrl_parts((RIM if kind == "RIM" else shown(kind))(1, 16, 2, batch_first=True, rnn_cell=rnn_cell, **SMALL))
     policy, learner = torchrl_policy(module)
     with torch.no_grad():
         data = env.rollout(steps, policy, break_when_any_done=False)
@@ -308,7 +292,7 @@ def test_torchrl_rollout_again_in_one_call(kind: type[RIM[Any]], steps: int, rnn
 def test_torchrl_learns_from_rollouts() -> None:
     """From whole rollouts of several episodes the layer learns to name the cue that an episode began with."""
     torchrl = pytest.importorskip("torchrl.modules")
-    env, module = torchrl_parts(MaskedRIM(1, 16, batch_first=True, **SMALL))
+    env, module = torchrl_parts(shown("MaskedRIM")(1, 16, batch_first=True, **SMALL))
     policy, learner = torchrl_policy(module)
     with torch.no_grad():
         data = env.rollout(80, policy, break_when_any_done=False)
@@ -399,6 +383,54 @@ def test_accelerate_cpu_offload(options: dict[str, Any]) -> None:
     for _ in range(2):
         assert all(p.is_meta for p in model.parameters())
         torch.testing.assert_close(model(x)[0], expected)
+
+
+# peft
+
+
+def adapted(config: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
+    """A model with adapters that do something, an input, and the output of the model without them."""
+    peft = pytest.importorskip("peft")
+    model, x = Echo(k=2), torch.randn(5, 2, 1)
+    before = model(x)[0].detach()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **config))
+    torch.testing.assert_close(wrapped(x)[0], before)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.2)
+    return wrapped, x, before
+
+
+def check_adapted(wrapped: Any, x: Tensor, before: Tensor) -> set[str]:
+    """Adapters are called, they alone learn, and merged they give the same: the modules that have one."""
+    output, _ = wrapped(x)
+    assert (output - before).abs().max() > 1e-3
+    output.square().sum().backward()
+    trained = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert [name for name, grad in trained.items() if "lora" not in name or grad is None or not grad.any()] == []
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(x)[0], output, rtol=1e-4, atol=1e-5)
+    assert type(merged.rnn) is RIM
+    return {name.removeprefix("base_model.model.").partition(".lora")[0].removesuffix(".base_layer") for name in trained}
+
+
+def test_peft_all_linear_passes_the_layer_by() -> None:
+    """The usual setting adapts what is linear around the layer, as around an nn.LSTM."""
+    assert check_adapted(*adapted({"target_modules": "all-linear"})) == {"head"}
+
+
+PROJECTIONS = [
+    *(f"input_attention.{name}.weight" for name in ("query", "key", "value")),
+    *(f"communication.{name}.weight" for name in ("query", "key", "value", "output")),
+]
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_peft_target_parameters(name: str) -> None:
+    """peft's way to weights that are no nn.Linear's, a low-rank product for each unit: for every projection of the layer."""
+    wrapped, x, before = adapted({"target_modules": [], "target_parameters": [name]})
+    assert check_adapted(wrapped, x, before) == {f"rnn.cells.0.{name.removesuffix('.weight')}"}
 
 
 # safetensors
