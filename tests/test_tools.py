@@ -391,7 +391,7 @@ def test_accelerate_cpu_offload(options: dict[str, Any]) -> None:
 def adapted(config: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
     """A model with adapters that do something, an input, and the output of the model without them."""
     peft = pytest.importorskip("peft")
-    model, x = Echo(k=2), torch.randn(5, 2, 1)
+    model, x = strong(Echo(k=2), scale=0.4), torch.randn(5, 2, 1)
     before = model(x)[0].detach()
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **config))
     torch.testing.assert_close(wrapped(x)[0], before)
@@ -405,7 +405,7 @@ def adapted(config: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
 def check_adapted(wrapped: Any, x: Tensor, before: Tensor) -> set[str]:
     """Adapters are called, they alone learn, and merged they give the same: the modules that have one."""
     output, _ = wrapped(x)
-    assert (output - before).abs().max() > 1e-3
+    assert (output - before).abs().max() > 1e-4
     output.square().sum().backward()
     trained = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
     assert [name for name, grad in trained.items() if "lora" not in name or grad is None or not grad.any()] == []
