@@ -51,10 +51,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CHUNK, PATIENCE = 500, 120  # cases of one subprocess, seconds that one case may take
 SIZES = [*range(1, 10), *range(1, 10), 15, 16, 17, 32, 33]
 BOUNDED = "comm_bounded" in inspect.signature(RIM).parameters
+INPUTS = ("input", "h_0", "c_0")
 CLEAR = (RuntimeError, ValueError, TypeError)
 EQUAL, REFUSED, STRICTER, NEAR_TIE = "equal", "refused", "stricter", "near tie"
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 5e-2}
-UNDECIDED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of two bids, relative to the largest
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2e-2}
+UNDECIDED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-4}  # of two bids, relative to the largest
+ROUNDED = 10, 1000  # times as much for bfloat16 where states are rounded on the way: from layer to layer, or at every step
 
 paths: Counter[str] = Counter()
 
@@ -211,16 +213,28 @@ def check_close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> No
             raise WrongError(f"{name} differs by {error:.1e} of its largest number")
 
 
-def compare(twins: Twins, ours: dict[str, Tensor], theirs: dict[str, Tensor], bids: Bids, second: bool = False) -> str:
-    """Results, gradients of a weighing of some of them, and with `second` the gradients of those."""
+def compare(
+    twins: Twins,
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    bids: Bids,
+    second: bool = False,
+    rounded: tuple[int, int] = (1, 1),
+) -> str:
+    """Results, gradients of a weighing of some of them, and with `second` the gradients of those.
+
+    Where a result is NaN, so may be gradients that the oracle does not know to be: zero times NaN. Those of other rows may not.
+    """
     draw, dtype = twins.draw, twins.dtype
+    tolerance = TOLERANCE[dtype] * rounded[0]
     for name, result in ours.items():
         if result.dtype != dtype or result.shape != theirs[name].shape:
             raise WrongError(f"{name}: {result.dtype}, {tuple(result.shape)} instead of {dtype}, {tuple(theirs[name].shape)}")
-    if bids.closest < UNDECIDED[dtype]:
+    if bids.closest < UNDECIDED[dtype] * rounded[1]:
         return NEAR_TIE
     for name, result in ours.items():
-        check_close(name, result, theirs[name], TOLERANCE[dtype])
+        check_close(name, result, theirs[name], tolerance)
+    nan_rows = {name for name, result in theirs.items() if bool(result.isnan().any())}
     wanted = twins.wanted()
     names = [name for name in ours if draw.flip(0.7)] or list(ours)
     names = [name for name in names if theirs[name].requires_grad]
@@ -245,7 +259,13 @@ def compare(twins: Twins, ours: dict[str, Tensor], theirs: dict[str, Tensor], bi
             if gradient.dtype != dtype:
                 raise WrongError(f"{order}gradient of {name} is {gradient.dtype}")
         for name, gradient in found[0].items():
-            check_close(f"{order}gradient of {name}", gradient, found[1][name], 10 * TOLERANCE[dtype])
+            expected = found[1][name]
+            if nan_rows:
+                spread = gradient.isnan()
+                if name in INPUTS:
+                    spread[:, [b for b in range(spread.size(1)) if f"row {b}" not in nan_rows]] = False
+                expected = torch.where(spread, math.nan, expected)
+            check_close(f"{order}gradient of {name}", gradient, expected, 10 * tolerance)
         ours, theirs = found
         names = [name for name in found[0] if found[0][name].requires_grad and found[1][name].requires_grad]
         weights = [draw.normal(*ours[name].shape).to(dtype) for name in names]
@@ -309,7 +329,6 @@ def run_layer(
 
     # Values: leaves of their own, leaves that are expanded, or views of one leaf.
     twins = Twins(draw, dtype)
-    names = ("input", "h_0", "c_0")
     ours: list[Tensor] = []
     theirs: list[Tensor] = []
     if memory:
@@ -323,12 +342,12 @@ def run_layer(
         values = [draw.normal(*shape) for shape in shapes]
         if prepare:
             prepare(rnn, values)
-        for name, value in zip(names, values, strict=False):
+        for name, value in zip(INPUTS, values, strict=False):
             stretched = layouts and draw.flip(0.25)
             if stretched:
                 value = value[tuple(slice(0, 1) if draw.flip() else slice(None) for _ in range(3))]
             pair = twins.leaf(name, value, wanted=draw.flip(0.6), odd=layouts)
-            shape = shapes[names.index(name)]
+            shape = shapes[INPUTS.index(name)]
             ours.append(pair[0].expand(shape) if stretched else pair[0])
             theirs.append(pair[1].expand(shape) if stretched else pair[1])
             if layouts and not stretched and draw.flip(0.3):
@@ -375,11 +394,10 @@ def run_layer(
     got = {f"row {b}": row for b, row in enumerate(out_rows)} | dict(zip(("h_n", "c_n"), last, strict=False))
     if got.keys() != results.keys():
         raise WrongError(f"results {list(got)} instead of {list(results)}")
-    if dtype == torch.bfloat16 and path == "native" and cells == 1:
-        bids.closest *= UNDECIDED[torch.bfloat16] / UNDECIDED[torch.float32]  # computed in float32
-    outcome = compare(twins, got, results, bids)
+    rounded = ROUNDED if dtype == torch.bfloat16 and (path == "readable" or cells > 1) else (1, 1)
+    outcome = compare(twins, got, results, bids, rounded=rounded)
     if recorded and outcome == EQUAL:
-        check_record(records[0], expected, copies, unbatched, TOLERANCE[dtype])
+        check_record(records[0], expected, copies, unbatched, rounded[0] * TOLERANCE[dtype])
     return outcome
 
 
@@ -766,8 +784,6 @@ def wrong_calls(draw: Draw) -> str:
         else:
             argument = wrong
         hx = None if draw.flip() else hx
-        if packed and how in ("a size too large", "a size zero") and wrong.size(0) != x.shape[:2].numel():
-            return judge_alone(f"packed data with {how}", lambda: ours(argument, hx))
     elif what == "state":
         which = draw.randrange(len(state))
         how, wrong = wrong_tensor(draw, state[which])
@@ -794,26 +810,21 @@ def wrong_calls(draw: Draw) -> str:
     return judge(f"{kind}: {what} is {how}", *errors)
 
 
-def judge_alone(what: str, call: Callable[[], Any]) -> str:
-    """Where torch may crash: a clear error of ours."""
-    error = error_of(call)
-    if error is None or not isinstance(error, CLEAR) or not str(error):
-        raise WrongError(f"{what}: {'taken' if error is None else repr(error)}")
-    return REFUSED
-
-
 def wrong_packs(draw: Draw) -> str:
     """A PackedSequence made by hand, of sizes that do not fit."""
     given = options(draw, most_units=3, sizes=range(1, 5))
-    rnn = RIM(**given)
-    right = [3, 2, 1]
-    sizes = draw.choice(
-        [[1, 2, 3], [3, 2, 2], [3, 2], [3, 3, 0], [6, 0], [3, 4, -1], [0, 3, 3], [-3, 9], [7], [], [2**40, 1], [3, 1, 2]]
+    rnn, like, rows = RIM(**given), like_torch(given), 6
+    sizes = draw.choice(WRONG_SIZES)
+    packed = PackedSequence(
+        draw.normal(rows, given["input_size"]).float().requires_grad_(draw.flip()), torch.tensor(sizes).long()
     )
-    data = torch.randn(sum(right), given["input_size"], requires_grad=draw.flip())
-    packed = PackedSequence(data, torch.tensor(sizes, dtype=torch.int64))
     with a_path(draw):
-        return judge_alone(f"batch_sizes {sizes} of 6 rows", lambda: rnn(packed))
+        path = count_path(rnn.cells[0], packed.data)
+        errors = [error_of(lambda module=module: module(packed)) for module in (rnn, like)]
+    return judge(f"{path}: batch_sizes {sizes} of {rows} rows", *errors)
+
+
+WRONG_SIZES = [[1, 2, 3], [3, 1, 2], [3, 2, 2], [3, 2], [7], [], [3, 3, 0], [6, 0], [0, 3, 3], [3, 4, -1], [-3, 9], [2**40, 1]]
 
 
 SHARED = (
@@ -870,7 +881,9 @@ def wrong_arguments(draw: Draw) -> str:
         ours = error_of(lambda: RIM(**{"rnn_cell": rnn_cell, **arguments}))
         if name in SHARED:
             if rnn_cell == "GRU" and name == "proj_size":
-                return judge_alone("proj_size", lambda: RIM(rnn_cell="GRU", **arguments)) if value else EQUAL
+                return judge(f"GRU({name}={value!r})", ours, ValueError() if value else None)
+            if isinstance(value, bool) and isinstance(ours, TypeError):
+                return STRICTER  # torch takes a bool for a number
             return judge(f"{rnn_cell}({name}={value!r})", ours, error_of(lambda: getattr(nn, rnn_cell)(**arguments)))
     if ours is None:
         RIM(**{"rnn_cell": rnn_cell, **arguments})(torch.zeros(2, 1, 3))
