@@ -54,8 +54,9 @@ BOUNDED = "comm_bounded" in inspect.signature(RIM).parameters
 INPUTS = ("input", "h_0", "c_0")
 CLEAR = (RuntimeError, ValueError, TypeError)
 EQUAL, REFUSED, STRICTER, NEAR_TIE = "equal", "refused", "stricter", "near tie"
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 UNDECIDED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-4}  # of two bids, relative to the largest
+LEAST = 0.01  # of a largest number that an error is a part of
 ROUNDED = 10, 1000  # times as much for bfloat16 where states are rounded on the way: from layer to layer, or at every step
 
 paths: Counter[str] = Counter()
@@ -208,7 +209,7 @@ def check_close(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> No
         )
     ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
     if theirs.numel():
-        error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+        error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=LEAST)).item()
         if not error <= tolerance:
             raise WrongError(f"{name} differs by {error:.1e} of its largest number")
 
@@ -352,8 +353,8 @@ def run_layer(
             theirs.append(pair[1].expand(shape) if stretched else pair[1])
             if layouts and not stretched and draw.flip(0.3):
                 ours[-1] = odd_layout(draw, ours[-1])
-    if tied and cells > 1 and given["input_size"] == state_sizes(given)[0] * (1 + given["bidirectional"]):
-        rnn.cells[draw.randrange(1, cells)] = rnn.cells[0]
+    if tied:
+        rnn.cells[1] = rnn.cells[0]
     for parameter in rnn.parameters():
         if layouts:
             parameter.data = odd_layout(draw, parameter.data)
@@ -385,17 +386,17 @@ def run_layer(
         path = count_path(rnn.cells[0], argument.data if packed else argument)
         with record(rnn) if recorded else nullcontext([]) as records:
             output, last = rnn(argument, hx)
-    if packed:
-        check_packed(argument, output)
-        out_rows = unpack_sequence(output)
-    else:
-        out_rows = [output] if unbatched else list(output.unbind(0 if rnn.batch_first else 1))
-    last = [s.unsqueeze(1) if unbatched else s for s in (last if isinstance(last, tuple) else (last,))]
-    got = {f"row {b}": row for b, row in enumerate(out_rows)} | dict(zip(("h_n", "c_n"), last, strict=False))
-    if got.keys() != results.keys():
-        raise WrongError(f"results {list(got)} instead of {list(results)}")
-    rounded = ROUNDED if dtype == torch.bfloat16 and (path == "readable" or cells > 1) else (1, 1)
-    outcome = compare(twins, got, results, bids, rounded=rounded)
+        if packed:
+            check_packed(argument, output)
+            out_rows = unpack_sequence(output)
+        else:
+            out_rows = [output] if unbatched else list(output.unbind(0 if rnn.batch_first else 1))
+        last = [s.unsqueeze(1) if unbatched else s for s in flat(last)]
+        got = {f"row {b}": row for b, row in enumerate(out_rows)} | dict(zip(("h_n", "c_n"), last, strict=False))
+        if got.keys() != results.keys():
+            raise WrongError(f"results {list(got)} instead of {list(results)}")
+        rounded = ROUNDED if dtype == torch.bfloat16 and (path == "readable" or cells > 1) else (1, 1)
+        outcome = compare(twins, got, results, bids, rounded=rounded)
     if recorded and outcome == EQUAL:
         check_record(records[0], expected, copies, unbatched, rounded[0] * TOLERANCE[dtype])
     return outcome
