@@ -1191,7 +1191,7 @@ def watch(seed: int, first: int, cases: int) -> Iterator[dict[str, Any]]:
         code = process.wait()
         listener.join()
         if code or number != first + cases - 1:
-            problem = f"the process ends with {code}: {''.join(said)[-3000:]}"
+            problem = f"the process ends with {code}: {''.join(said)[:3000]}"
             kind = ROUND[begun % len(ROUND)].__name__
             yield {"number": begun, "kind": kind, "outcome": "failed", "problem": problem, "paths": {}, "seconds": 0.0}
 
@@ -1238,6 +1238,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--log", type=Path, help="a JSON file to write")
     args = parser.parse_args(arguments)
 
+    what = about()
     began, done, took = time.perf_counter(), Counter[str](), Counter[str]()
     kinds = {kind.__name__: Counter[str]() for kind in KINDS}
     failures = []
@@ -1258,7 +1259,7 @@ def main(arguments: list[str]) -> int:
     if args.log:
         document = {
             "command": f"python tests/hostile.py --seed {args.seed} --first {args.first} --cases {args.cases}",
-            **about(),
+            **what,
             "seconds": round(time.perf_counter() - began, 1),
             "kinds": {name: dict(outcomes) for name, outcomes in kinds.items()},
             "paths": dict(done),
