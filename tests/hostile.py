@@ -811,6 +811,9 @@ def wrong_calls(draw: Draw) -> str:
     return judge(f"{kind}: {what} is {how}", *errors)
 
 
+WRONG_SIZES = [[1, 2, 3], [3, 1, 2], [3, 2, 2], [3, 2], [7], [], [3, 3, 0], [6, 0], [0, 3, 3], [3, 4, -1], [-3, 9], [2**40, 1]]
+
+
 def wrong_packs(draw: Draw) -> str:
     """A PackedSequence made by hand, of sizes that do not fit."""
     given = options(draw, most_units=3, sizes=range(1, 5))
@@ -825,47 +828,11 @@ def wrong_packs(draw: Draw) -> str:
     return judge(f"{path}: batch_sizes {sizes} of {rows} rows", *errors)
 
 
-WRONG_SIZES = [[1, 2, 3], [3, 1, 2], [3, 2, 2], [3, 2], [7], [], [3, 3, 0], [6, 0], [0, 3, 3], [3, 4, -1], [-3, 9], [2**40, 1]]
-
-
-SHARED = (
-    "input_size",
-    "hidden_size",
-    "num_layers",
-    "bias",
-    "batch_first",
-    "dropout",
-    "bidirectional",
-    "proj_size",
-    "dtype",
-    "device",
-)
+SHARED = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+SHARED += ("device", "dtype")
 OWN = tuple(name for name in inspect.signature(RIM.__init__).parameters if name not in ("self", *SHARED))
-NONSENSE = [
-    None,
-    -1,
-    0,
-    1,
-    2,
-    5,
-    1.5,
-    -0.5,
-    2.0,
-    "2",
-    "",
-    True,
-    False,
-    math.nan,
-    math.inf,
-    [],
-    (2,),
-    {},
-    1j,
-    object,
-    b"2",
-    2**70,
-    -(2**70),
-]
+NONSENSE = [None, -1, 0, 1, 2, 5, 1.5, -0.5, 2.0, "2", "", b"2", True, False, math.nan, math.inf, 1j, [], (2,), {}, object]
+NONSENSE += [2**70, -(2**70)]
 
 
 def wrong_arguments(draw: Draw) -> str:
@@ -934,14 +901,8 @@ def checkpoints(draw: Draw) -> str:
 
 # Direct calls of the operators
 
-SCHEMAS = (
-    {}
-    if native._unavailable
-    else {
-        name: [a.name for a in getattr(torch.ops.rim_rnn, name).default._schema.arguments]
-        for name in ("infer", "scan", "scan_backward")
-    }
-)
+OPERATORS = () if native._unavailable else ("infer", "scan", "scan_backward")
+SCHEMAS = {name: [a.name for a in getattr(torch.ops.rim_rnn, name).default._schema.arguments] for name in OPERATORS}
 INTS = [-(2**63), -(2**31) - 1, -5, -1, 0, 1, 2, 3, 4, 5, 7, 2**31 - 1, 2**31, 2**33 + 1, 2**62, 2**63 - 1]
 
 
@@ -1018,24 +979,8 @@ def wrong_operand(draw: Draw, value: Any) -> Any:
     if isinstance(value, int):
         return draw.choice([*INTS, None, 1.5, 2**64])
     if isinstance(value, list):
-        lists = [
-            [],
-            [1],
-            [2, 1],
-            [3, 2, 1],
-            [1, 2],
-            [2, 0],
-            [2, -1],
-            [0],
-            [-1],
-            [2**62] * 4,
-            [2**63 - 1, 1],
-            [1] * 5,
-            None,
-            3,
-            [1.5],
-        ]
-        return draw.choice(lists)
+        few = [[], [1], [2, 1], [3, 2, 1], [1, 2], [2, 0], [2, -1], [0], [-1], [1] * 5]
+        return draw.choice([*few, [2**62] * 4, [2**63 - 1, 1], [1.5], None, 3])
     if value is None:
         return draw.choice([torch.zeros(1), torch.zeros(0), torch.zeros(2, 2, dtype=torch.float64), 1.0])
     ways: list[Callable[[], Any]] = [
