@@ -54,10 +54,10 @@ BOUNDED = "comm_bounded" in inspect.signature(RIM).parameters
 INPUTS = ("input", "h_0", "c_0")
 CLEAR = (RuntimeError, ValueError, TypeError)
 EQUAL, REFUSED, STRICTER, NEAR_TIE = "equal", "refused", "stricter", "near tie"
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}
-UNDECIDED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-4}  # of two bids, relative to the largest
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 2e-2}
+UNDECIDED = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-3}  # of two bids, relative to the largest
 LEAST = 0.01  # of a largest number that an error is a part of
-ROUNDED = 10, 1000  # times as much for bfloat16 where states are rounded on the way: from layer to layer, or at every step
+ROUNDED = 10, 100  # times as much for bfloat16 where states are rounded on the way: from layer to layer, or at every step
 
 paths: Counter[str] = Counter()
 
@@ -807,6 +807,8 @@ def wrong_calls(draw: Draw) -> str:
         hx = ways[how]
     with a_path(draw):
         errors = [error_of(lambda module=module: module(argument, hx)) for module in (ours, theirs)]
+    if how == "a lone tensor" and isinstance(errors[0], TypeError):
+        return REFUSED  # so it is documented; torch's depends on the tensor's sizes
     kind = f"{type(ours).__name__}, {given['rnn_cell']}{', packed' if packed else '' if batched else ', unbatched'}"
     return judge(f"{kind}: {what} is {how}", *errors)
 
@@ -1023,6 +1025,8 @@ def operators(draw: Draw) -> str:
             if not changed or not str(error):
                 raise WrongError(f"{operator}: a right call raises {error!r}") from error
             return REFUSED
+    if any(isinstance(a, Tensor) and a.is_meta for a in arguments.values()) and all(r.is_meta for r in results):
+        return EQUAL  # shapes alone were asked for
     plain = {name: arguments[name] for name in SCHEMAS["scan"]}
     what = f"{operator} with another {', '.join(changed) or 'nothing'}"
     try:
