@@ -1,5 +1,10 @@
 #!/bin/sh
-# The native operator under AddressSanitizer and UndefinedBehaviorSanitizer, on the small cases of tests/test_native.py.
+# The native operator under AddressSanitizer and UndefinedBehaviorSanitizer.
+#
+#     sh tests/sanitize.sh                      # the small cases of tests/test_native.py
+#     sh tests/sanitize.sh 'row or stride'      # those with these words
+#     sh tests/sanitize.sh hostile              # 400 cases of tests/hostile.py
+#     sh tests/sanitize.sh hostile --seed 3     # with its arguments
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -11,6 +16,12 @@ torch=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__))')
 ${CXX:-g++} -shared -fPIC -std=c++17 -O1 -g -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=undefined \
     -DTORCH_TARGET_VERSION=0x020a000000000000 -isystem "$torch/include" "$work"/rim_rnn/csrc/*.cpp \
     -L"$torch/lib" -ltorch_cpu -o "$work/rim_rnn/_native.so"
-LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-    RIM_RNN_NATIVE=1 PYTHONPATH="$work" "$python" -m pytest -q -p no:cacheprovider tests/test_native.py \
-    -k "${1:-equals or few or float32 or threads or twice or row or stride or checked}"
+if [ "${1:-}" = hostile ]; then
+    shift
+    set -- tests/hostile.py --cases 400 "$@"
+else
+    set -- -m pytest -q -p no:cacheprovider tests/test_native.py \
+        -k "${1:-equals or few or float32 or threads or twice or row or stride or checked}"
+fi
+LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 RIM_RNN_NATIVE=1 PYTHONPATH="$work" "$python" "$@"
