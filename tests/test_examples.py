@@ -1,4 +1,4 @@
-"""The study: its tasks, its runs, and what becomes of a run that is killed."""
+"""The study: its tasks, its runs, what becomes of a run that is killed, and a whole table of runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from rim_rnn import record
+from rim_rnn import RIM, record
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "study"
@@ -38,6 +38,8 @@ import checkpoint  # noqa: E402
 import make_digits  # noqa: E402
 import model as models  # noqa: E402
 import report  # noqa: E402
+import study  # noqa: E402
+import study_report  # noqa: E402
 import train  # noqa: E402
 import trainer  # noqa: E402
 from model import Model  # noqa: E402
@@ -989,3 +991,163 @@ def test_each_process_goes_on_with_its_own_dropout(finished: Path) -> None:
     second = trainer.Trainer(args, saved["header"], model, task, Second())
     second.load_state(saved)
     assert torch.equal(torch.get_rng_state(), saved["generators"]["cpu"][1])
+
+
+# --- A whole study
+
+STUDY = """
+[copying]
+seeds = [0, 1]
+cuda = false
+size = 3
+eval_sizes = [3, 5]
+hidden_size = 12
+epochs = 2
+batch_size = 16
+examples = 400
+test_examples = 40
+valid = 40
+lr = 1e-2
+
+[[rows]]
+name = "RIM 3/2"
+task = "copying"
+num_units = 3
+
+[[rows]]
+name = "LSTM"
+task = "copying"
+model = "LSTM"
+seeds = [0]
+"""
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs study.py or study_report.py on `STUDY`, or on another text, in this process."""
+
+    def command(module: Any, *args: object, text: str = STUDY) -> None:
+        (tmp_path / "tiny.toml").write_text(text)
+        given = [f"{module.__name__}.py", tmp_path / "tiny.toml", "--runs", tmp_path / "runs", *args]
+        monkeypatch.setattr(sys, "argv", [*map(str, given)])
+        module.main()
+
+    return command
+
+
+def test_a_study_is_stopped_goes_on_and_is_reported(
+    command: Callable[..., None], run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    log_dirs = [runs / "copying" / name for name in ("RIM-3-2/seed-0", "RIM-3-2/seed-1", "LSTM/seed-0")]
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    process = start([EXAMPLE / "study.py", tmp_path / "tiny.toml", "--runs", runs, "--jobs", 2])
+    while process.poll() is None and not (log_dirs[0] / checkpoint.METRICS).exists():
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 1
+    for log_dir in log_dirs[:2]:
+        if (log_dir / checkpoint.CHECKPOINT).exists():
+            checkpoint.load(log_dir)
+            with checkpoint.locked(log_dir):
+                pass
+    assert not (log_dirs[2] / checkpoint.CHECKPOINT).exists()
+    command(study_report)
+    printed = capsys.readouterr().out
+    assert "| LSTM, *not begun* | 0 |" in printed
+
+    command(study, "--jobs", 2)
+    printed = capsys.readouterr().out
+    assert "3 runs, 3 of them not finished" in printed
+    assert all(f"copying, {name} is finished" in printed for name in ("RIM 3/2, seed 0", "RIM 3/2, seed 1", "LSTM, seed 0"))
+    text = "--task copying --no-cuda --size 3 --eval_sizes 3 5 --hidden_size 12 --epochs 2 --batch_size 16 --examples 400"
+    text += " --test_examples 40 --valid 40 --lr 1e-2 --num_units 3"
+    run(*text.split(), "--log_dir", tmp_path / "alone", small=False)
+    assert_same_run(tmp_path / "alone", log_dirs[0])
+    command(study)
+    assert "3 runs, 0 of them not finished" in capsys.readouterr().out
+
+    command(study_report)
+    printed = capsys.readouterr().out
+    assert (runs / study_report.TABLE).read_text() + "\n" == printed
+    assert "| RIM 3/2 | 0, 1 | last: 2, 2 |" in printed
+    assert "| LSTM | 0 | last: 2 |" in printed
+    assert "unfinished" not in printed
+    for name in ("sizes", "curves", "units"):
+        assert (runs / "copying" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_goes_on_past_a_run_that_fails(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    text = STUDY.replace("num_units = 3", "num_units = 3\nk = 5").replace("epochs = 2", "epochs = 1")
+    with pytest.raises(SystemExit, match="1 failed: copying, RIM 3/2, seed 0"):
+        command(study, text=text.replace("[0, 1]", "[0]"))
+    printed = capsys.readouterr().out
+    assert re.search(r"copying, RIM 3/2, seed 0 failed: error: .*k", printed)
+    assert "copying, LSTM, seed 0 is finished" in printed
+
+
+def fake_log(row: study.Row, runs: Path, seed: int, accuracies: list[float], chosen: int) -> None:
+    """A log with the same accuracy in validation and tests, and its tenth for a loss."""
+    log_dir = row.log_dir(runs, seed)
+    log_dir.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [{"task": row.task, "arguments": vars(row.arguments) | {"seed": seed}}]
+    for epoch, accuracy in enumerate(accuracies, 1):
+        line: dict[str, Any] = {"epoch": epoch, "seconds": 50.0, "evaluation_seconds": 10.0, "chosen": min(chosen, epoch)}
+        for name, value in (("accuracy", accuracy), ("loss", accuracy / 10)):
+            line |= {f"train_{name}": value, f"valid_{name}": value, f"test_{name}": {"3": value, "5": value / 2}}
+        lines.append(line)
+    (log_dir / checkpoint.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": ')
+
+
+def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    rim, lstm = study.read(tmp_path / "tiny.toml")
+    fake_log(rim, tmp_path / "runs", 0, [0.8, 0.6], chosen=1)
+    fake_log(rim, tmp_path / "runs", 1, [0.5, 0.7], chosen=2)
+    fake_log(lstm, tmp_path / "runs", 0, [0.9], chosen=1)
+    command(study_report)
+    assert (
+        "| accuracy, % | seeds | epoch | validation | 3 | 5 | time |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| RIM 3/2 | 0, 1 | chosen: 1, 2 | 75.0 ± 7.1 | 75.0 ± 7.1 | 37.5 ± 3.5 | 2.0 min |\n"
+        "| RIM 3/2 | 0, 1 | last: 2, 2 | 65.0 ± 7.1 | 65.0 ± 7.1 | 32.5 ± 3.5 | 2.0 min |\n"
+        "| LSTM, *unfinished* | 0 | chosen: 1 of 2 | 90.0 | 90.0 | 45.0 | 1.0 min |\n"
+        "| LSTM, *unfinished* | 0 | last: 1 of 2 | 90.0 | 90.0 | 45.0 | 1.0 min |\n"
+    ) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"is of a run with other arguments: lr 0\.01, not 0\.02"):
+        command(study_report, text=STUDY.replace("1e-2", "2e-2"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("[copying]", "[copyng]", "copyng is no task; there are sequential_mnist, copying, adding"),
+        ("[copying]", "[copying", "tiny.toml: "),
+        ('task = "copying"\nmodel', 'task = "sorting"\nmodel', "a row needs a name and a task"),
+        ("seeds = [0]", "seeds = 0", "LSTM needs a list of seeds"),
+        ('name = "LSTM"', 'name = "RIM 3-2"', "two rows of copying have the name RIM 3"),
+        ("num_units", "num_unts", "tiny.toml: RIM 3/2: error: unrecognized arguments: --num_unts 3"),
+        ('model = "LSTM"', 'model = "LSTM"\nk = 2', "tiny.toml: LSTM: error: --k belongs to a RIM"),
+        (STUDY[STUDY.index("[[rows]]") :], "", "has no rows"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused_at_once(
+    old: str, new: str, says: str, command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(study, text=STUDY.replace(old, new, 1))
+    assert says in (capsys.readouterr().err if exit.value.code == 2 else str(exit.value.code))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["study.toml", "search.toml"])
+def test_every_row_of_the_studies_can_be_built(name: str) -> None:
+    for row in study.read(EXAMPLE / name):
+        args = Namespace(**vars(row.arguments) | {"comm_bounded": None})  # no size depends on it
+        with torch.device("meta"):
+            model = Model(args, Namespace(input_size=1, outputs=10, read_steps=1))
+        assert isinstance(model.rnn, torch.nn.LSTM if args.model == "LSTM" else RIM)
+        assert args.valid > 0
+        assert name != "search.toml" or args.eval_sizes == [], "a search that looks at test examples"
