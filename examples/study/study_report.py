@@ -53,7 +53,7 @@ class Group(NamedTuple):
 
 
 def collect(rows: list[Row], folder: Path) -> list[Group]:
-    """For each row its finished runs, then its unfinished ones, then those that have not begun, where there are any."""
+    """For each row its finished runs, then its unfinished ones, then those without an epoch, where there are any."""
     groups = []
     for row in rows:
         runs = [Run(row, seed, row.epochs(folder, seed)[1:]) for seed in row.seeds]
@@ -62,7 +62,7 @@ def collect(rows: list[Row], folder: Path) -> list[Group]:
         rest = [run for run in runs if not run.epochs]
         groups += [Group(row.name, done, True)] * bool(done)
         groups += [Group(f"{row.name}, *unfinished*", begun, False)] * bool(begun)
-        groups += [Group(f"{row.name}, *not begun*", rest, False)] * bool(rest)
+        groups += [Group(f"{row.name}, *no epoch yet*", rest, False)] * bool(rest)
     return groups
 
 
@@ -97,9 +97,9 @@ def table(task: type[Task], groups: list[Group], name: str) -> str:
             epochs = f"{kind}: {', '.join(str(line['epoch']) for line in lines)}"
             epochs += f" of {runs[0].row.arguments.epochs}" * (not group.finished)
             rows.append([group.name, seeds, epochs, *cells(lines, name, sizes, measure), time])
-    if name == "loss" and "constant" in task.measures:
-        lines = [run.epochs[-1] for group in groups for run in group.runs if run.epochs][:1]
-        rows += [[task.guess[0], "", "", *cells(lines, "constant", sizes, measure), ""]] * bool(lines)
+    lines = [run.epochs[-1] for group in groups for run in group.runs if run.epochs]
+    if name == "loss" and "constant" in task.measures and lines:
+        rows.append([task.guess[0], "", "", *cells(lines[:1], "constant", sizes, measure), ""])
     return markdown(rows)
 
 
