@@ -117,13 +117,17 @@ def activity(model: Model, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_units(folder: Path, task: Task, model: Model) -> None:
-    """For a few test examples: the example, and for each unit where it was active. Averages over more go to a file."""
-    inputs = task.test(task.args.size).inputs[:AVERAGED]
+    """For a few examples not trained on: the example, and for each unit where it was active. Averages over more go to a file.
+
+    They are validation examples where there are any, else test examples.
+    """
+    examples = task.valid() if task.args.valid else task.test(task.args.size)
+    inputs = examples.inputs[:AVERAGED]
     share = activity(model, inputs).double().mean(0)
     content = {"sequences": len(inputs), "active": [[round(value, 3) for value in unit] for unit in share.tolist()]}
     checkpoint.replace(folder / ACTIVITY, (json.dumps(content) + "\n").encode())
 
-    inputs, targets = task.samples()
+    inputs, targets = task.samples(examples)
     active, ink = task.places(activity(model, inputs), task.args).numpy(), task.ink(inputs).numpy()
     wanted = task.spell(targets)
     read = task.spell(task.answer(model(inputs.to(next(model.parameters()).device)).cpu()))

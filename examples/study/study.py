@@ -123,22 +123,14 @@ def read_row(path: Path, content: dict[str, Any], given: dict[str, Any]) -> Row:
 def start(row: Row, seed: int, args: Namespace) -> subprocess.Popen[bytes]:
     log_dir = row.log_dir(args.runs, seed)
     log_dir.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        str(HERE / "train.py"),
-        *row.flags,
-        "--seed",
-        str(seed),
-        "--log_dir",
-        str(log_dir),
-        "--loadsaved",
-    ]
+    given: dict[str, Any] = {"seed": seed, "log_dir": log_dir, "loadsaved": True}
     if args.data_dir and "data_dir" in row.arguments:
-        command += ["--data_dir", args.data_dir]
+        given["data_dir"] = args.data_dir
     threads = max(1, torch.get_num_threads() // args.jobs)
     with open(log_dir / OUTPUT, "ab") as output:
         return subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+            [sys.executable, str(HERE / "train.py"), *row.flags, *flags(given)],
+            stdout=output, stderr=output, stdin=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             start_new_session=True,  # a Ctrl-C is for this process alone, which passes it on
         )  # fmt: skip

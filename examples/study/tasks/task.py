@@ -93,10 +93,9 @@ class Task:
     def spell(self, targets: Tensor) -> list[str]:
         return ["".join(map(str, row)) for row in targets.tolist()]
 
-    def samples(self) -> Examples:
-        """A few test examples of the size of training, to be drawn."""
-        inputs, targets = self.test(self.args.size)
-        return Examples(inputs[:10], targets[:10])
+    def samples(self, examples: Examples) -> Examples:
+        """A few of them, to be drawn."""
+        return Examples(examples.inputs[:10], examples.targets[:10])
 
     def ink(self, inputs: Tensor) -> Tensor:
         """Where an input is more than background: bool `(N, rows, columns)`, as `places` has it."""
