@@ -17,7 +17,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py src/rim_rnn/cs
 	touch $@
 
 demo: setup
-	python examples/sequential_mnist/train.py --data_dir examples/sequential_mnist/digits --hidden_size 120 --input_size 4 \
+	python examples/study/train.py --data_dir examples/study/digits --hidden_size 120 --input_size 4 \
 	    --input_dropout 0 --comm_dropout 0 --lr 3e-3 --lr_schedule cosine --epochs 20 --log_dir runs/demo --loadsaved
 
 check: setup docs

@@ -1,4 +1,4 @@
-"""The sequential MNIST example: its digits, its runs, and what becomes of a run that is killed."""
+"""The study: its tasks, its runs, what becomes of a run that is killed, and a whole table of runs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 import torch
 
-from rim_rnn import record
+from rim_rnn import RIM, record
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "sequential_mnist"
+EXAMPLE = ROOT / "examples" / "study"
 MNIST = ROOT.parent / "shared" / "mnist"
 SHIPPED = EXAMPLE / "digits"
 FILES = [f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
@@ -35,13 +35,18 @@ sys.path.insert(0, str(EXAMPLE))
 
 import arguments  # noqa: E402
 import checkpoint  # noqa: E402
-import data  # noqa: E402
 import make_digits  # noqa: E402
+import model as models  # noqa: E402
 import report  # noqa: E402
+import study  # noqa: E402
+import study_report  # noqa: E402
 import train  # noqa: E402
 import trainer  # noqa: E402
-from model import Classifier  # noqa: E402
+from model import Model  # noqa: E402
 from processes import Processes  # noqa: E402
+from tasks import TASKS, Task  # noqa: E402
+from tasks import sequential_mnist as mnist  # noqa: E402
+from tasks.task import DataError  # noqa: E402
 
 SMALL = [
     "--no-cuda",
@@ -63,7 +68,7 @@ SMALL = [
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """41 digits to train, so that the last batch of 8 holds a single one, and 20 to test."""
     folder = tmp_path_factory.mktemp("digits")
-    for prefix, whole, count in zip(("train", "t10k"), data.load(str(SHIPPED)), (41, 20), strict=True):
+    for prefix, whole, count in zip(("train", "t10k"), mnist.load(str(SHIPPED)), (41, 20), strict=True):
         make_digits.write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", whole.images[:count])
         make_digits.write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", whole.labels[:count])
     return folder
@@ -94,6 +99,13 @@ def refused(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Cal
     return refused
 
 
+def prepared(header: dict[str, Any]) -> tuple[Task, Model]:
+    """The task and a fresh model of a run."""
+    args = Namespace(**header["arguments"])
+    task = TASKS[header["task"]](args)
+    return task, Model(args, task)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -104,7 +116,7 @@ def read_log(log_dir: Path) -> list[dict[str, Any]]:
 
 def essence(log_dir: Path) -> list[dict[str, Any]]:
     """The log, without when, by which command and at which commit it was written: the checkout may change meanwhile."""
-    apart = ("seconds", "began", "command", "commit", "resumed")
+    apart = ("seconds", "evaluation_seconds", "began", "command", "commit", "resumed")
     return [{name: value for name, value in line.items() if name not in apart} for line in read_log(log_dir)]
 
 
@@ -112,7 +124,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     """The same log and, bit for bit, the same parameters, moments and generators."""
     assert essence(one) == essence(other)
     a, b = (checkpoint.load(folder) for folder in (one, other))
-    for part in ("model", "optimizer", "scheduler", "generators"):
+    for part in ("model", "average", "best", "optimizer", "scheduler", "generators"):
         assert_equal(a[part], b[part], part)
 
 
@@ -137,7 +149,7 @@ def assert_equal(a: Any, b: Any, where: str) -> None:
 @pytest.mark.parametrize("size", [1, 14, 16, 19, 24, 28, 40])
 def test_pixels_are_the_nearest_ones_binarised_and_read_line_by_line(size: int) -> None:
     images = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)
-    sequences = data.Digits(images, torch.zeros(3)).sequences(size, 1)
+    sequences = mnist.Digits(images, torch.zeros(3)).sequences(size, 1)
     expected = [
         [[float(image[row * 28 // size, column * 28 // size] > 120)] for row in range(size) for column in range(size)]
         for image in images.tolist() and images
@@ -148,20 +160,20 @@ def test_pixels_are_the_nearest_ones_binarised_and_read_line_by_line(size: int) 
 def test_a_pixel_of_120_is_black_and_one_of_121_is_white() -> None:
     images = torch.full((1, 28, 28), 120, dtype=torch.uint8)
     images[0, 0, 0] = 121
-    sequence = data.Digits(images, torch.zeros(1)).sequences(28, 28)[0]
+    sequence = mnist.Digits(images, torch.zeros(1)).sequences(28, 28)[0]
     assert sequence[0, 0] == 1
     assert sequence.sum() == 1
 
 
 def test_zeros_fill_up_the_last_step() -> None:
-    digits = data.Digits(torch.full((2, 28, 28), 255, dtype=torch.uint8), torch.zeros(2))
+    digits = mnist.Digits(torch.full((2, 28, 28), 255, dtype=torch.uint8), torch.zeros(2))
     sequences = digits.sequences(3, 4)
     assert sequences.shape == (2, 3, 4)
     assert sequences[1].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]]
 
 
 def test_the_shipped_digits_are_balanced_and_small() -> None:
-    train_digits, test_digits = data.load(str(SHIPPED))
+    train_digits, test_digits = mnist.load(str(SHIPPED))
     assert train_digits.labels.bincount().tolist() == [500] * 10
     assert test_digits.labels.bincount().tolist() == [100] * 10
     assert sum(len(content) for content in contents(SHIPPED).values()) <= 1_000_000
@@ -178,7 +190,7 @@ def test_the_shipped_digits_are_what_the_script_makes_of_mnist(tmp_path: Path, m
 def test_plain_files_are_read_like_gzip_ones(digits: Path, tmp_path: Path) -> None:
     for name in FILES:
         (tmp_path / name.removesuffix(".gz")).write_bytes(gzip.decompress((digits / name).read_bytes()))
-    for plain, packed in zip(data.load(str(tmp_path)), data.load(str(digits)), strict=True):
+    for plain, packed in zip(mnist.load(str(tmp_path)), mnist.load(str(digits)), strict=True):
         assert plain.sha256() == packed.sha256()
 
 
@@ -256,28 +268,120 @@ def mirror(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(digits))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(data, "MIRRORS", (f"{address}/nothing/", f"{address}/"))
-        monkeypatch.setattr(data, "SHA256", {name: data.pooch.file_hash(str(digits / name)) for name in FILES})
-        monkeypatch.setattr(data.pooch, "os_cache", lambda project: tmp_path / project)
+        monkeypatch.setattr(mnist, "MIRRORS", (f"{address}/nothing/", f"{address}/"))
+        monkeypatch.setattr(mnist, "SHA256", {name: mnist.pooch.file_hash(str(digits / name)) for name in FILES})
+        monkeypatch.setattr(mnist.pooch, "os_cache", lambda project: tmp_path / project)
         yield handler.requests
         server.shutdown()
 
 
 def test_digits_are_downloaded_once_from_the_first_mirror_that_has_them(digits: Path, mirror: list[str]) -> None:
-    first = data.load(None)
+    first = mnist.load(None)
     assert mirror == [f"{folder}/{name}" for name in FILES for folder in ("/nothing", "")]
     mirror.clear()
-    for loaded, again, expected in zip(first, data.load(None), data.load(str(digits)), strict=True):
+    for loaded, again, expected in zip(first, mnist.load(None), mnist.load(str(digits)), strict=True):
         assert loaded.sha256() == again.sha256() == expected.sha256()
     assert mirror == []
 
 
 @pytest.mark.usefixtures("mirror")
 def test_a_download_that_is_not_the_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(data.SHA256, IMAGES, "0" * 64)
-    with pytest.raises(data.DataError, match=rf"(?s)^{IMAGES}: could not be downloaded; --data_dir .* hash"):
-        data.load(None)
+    monkeypatch.setitem(mnist.SHA256, IMAGES, "0" * 64)
+    with pytest.raises(DataError, match=rf"(?s)^{IMAGES}: could not be downloaded; --data_dir .* hash"):
+        mnist.load(None)
     assert not list(tmp_path.rglob(IMAGES))
+
+
+# --- The other tasks
+
+
+def task_of(name: str, text: str = "") -> Task:
+    return TASKS[name](arguments.build_parser(name).parse_args(text.split()))
+
+
+def test_copying_has_symbols_a_span_of_blanks_and_a_marker() -> None:
+    inputs, symbols = task_of("copying", "--examples 20").test(7)
+    assert inputs.shape == (1000, 10 + 7 + 1 + 10, 10)
+    assert (inputs.sum(2) == 1).all()
+    steps = inputs.argmax(2)
+    assert torch.equal(steps[:, :10], symbols)
+    assert (steps[:, 10:17] == 8).all()
+    assert (steps[:, 17] == 9).all()
+    assert (steps[:, 18:] == 8).all()
+    assert symbols.flatten().bincount().tolist() == pytest.approx([1250] * 8, rel=0.1)
+
+
+def test_adding_marks_one_number_in_each_half() -> None:
+    inputs, sums = task_of("adding").test(9)
+    numbers, marks = inputs.unbind(2)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert (marks[:, :4].sum(1) == 1).all()
+    assert (marks[:, 4:].sum(1) == 1).all()
+    assert (marks.sum(0) > 0).all()
+    assert torch.equal(sums, (numbers * marks).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", ["copying", "adding"])
+def test_sequences_are_drawn_anew_for_every_epoch_and_once_for_tests(name: str) -> None:
+    a, b = (task_of(name, f"--examples 50 --test_examples 50 --valid 50 --seed {seed}") for seed in (0, 1))
+    drawn = [a.train(0), a.train(1), b.train(0), a.valid(), a.test(50)]
+    for index, one in enumerate(drawn):
+        assert not any(torch.equal(one.targets, other.targets) for other in drawn[:index])
+    for one, again in ((a.train(1), a.train(1)), (a.valid(), b.valid()), (a.test(60), b.test(60))):
+        assert torch.equal(one.inputs, again.inputs)
+        assert torch.equal(one.targets, again.targets)
+
+
+def test_the_measures_of_each_task() -> None:
+    scores = torch.zeros(1, 10, 8)
+    scores[0, :4, 3] = 1e3
+    measured = task_of("copying").measure(scores, torch.full((1, 10), 3))
+    assert measured["accuracy"].item() == pytest.approx(0.4)
+    assert measured["loss"].item() == pytest.approx(0.6 * torch.tensor(8.0).log().item())
+    measured = task_of("adding").measure(torch.tensor([[[0.5]], [[2.0]]]), torch.tensor([[1.5], [1.0]]))
+    assert measured["loss"].tolist() == [1, 1]
+    assert measured["constant"].tolist() == [0.25, 0]
+
+
+LEARNS = {
+    "copying": ("--size 1 --eval_sizes 1 4 --hidden_size 48 --epochs 5 --lr_schedule cosine", "accuracy", (0.22, 1)),
+    "adding": ("--size 6 --eval_sizes 6 12 --hidden_size 24 --epochs 3 --lr_schedule one-cycle", "loss", (0, 0.04)),
+}
+
+
+@pytest.mark.parametrize("name", LEARNS)
+def test_the_other_tasks_are_learnt_and_go_on(
+    name: str, run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, measure, (low, high) = LEARNS[name]
+    text += " --no-cuda --num_units 3 --input_dropout 0 --comm_dropout 0 --lr 1e-2 --clip_grad 1 --batch_size 32"
+    run("--task", name, *text.split(), "--examples", 2000, "--test_examples", 200, "--log_dir", tmp_path, small=False)
+    header, *epochs = read_log(tmp_path)
+    assert header["task"] == name
+    value = epochs[-1][f"test_{measure}"][str(header["arguments"]["size"])]
+    assert low < value < high
+    task, model = prepared(header)
+    model.load_state_dict(checkpoint.load(tmp_path)["model"])
+    with torch.no_grad():
+        size = header["arguments"]["eval_sizes"][1]
+        measured = task.measure(model.eval()(task.test(size).inputs), task.test(size).targets)
+    for other, values in measured.items():
+        assert epochs[-1][f"test_{other}"][str(size)] == pytest.approx(values.double().mean().item(), rel=1e-4, abs=1e-6)
+    for picture in (report.CURVES, report.UNITS):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    share = torch.tensor(json.loads((tmp_path / report.ACTIVITY).read_text())["active"])
+    assert share.shape == (3, task.test(task.size).inputs.shape[1] - task.size + header["arguments"]["size"])
+    torch.testing.assert_close(share.sum(0), torch.full(share.shape[1:], 2.0), rtol=0, atol=0.01)
+    before = capsys.readouterr().out
+    run("--loadsaved", "--log_dir", tmp_path, small=False)
+    assert before.splitlines()[-5:] == capsys.readouterr().out.splitlines()[-5:]
+    assert read_log(tmp_path) == [header, *epochs]
+
+
+def test_a_sequence_to_add_has_two_halves(refused: Callable[..., str], tmp_path: Path) -> None:
+    message = refused("--task", "adding", "--size", 1, "--log_dir", tmp_path / "run", small=False)
+    assert "--size and --eval_sizes have to be at least 2" in message
 
 
 # --- A run
@@ -293,7 +397,7 @@ def test_a_run_leaves_table_log_checkpoint_and_pictures(
     assert header["arguments"]["hidden_size"] == 12
     assert header["torch"] == str(torch.__version__)
     assert {"commit", "device", "began", "command", "platform"} <= header.keys()
-    model = Classifier(Namespace(**header["arguments"]))
+    task, model = prepared(header)
     model.load_state_dict(checkpoint.load(log_dir)["model"])
     assert header["parameters"] == sum(p.numel() for p in model.parameters())
 
@@ -302,17 +406,17 @@ def test_a_run_leaves_table_log_checkpoint_and_pictures(
         assert line["train_loss"] > 0
         assert list(line["test_accuracy"]) == list(line["test_loss"]) == ["14", "15"]
         assert line["seconds"] > 0
-    _, test = data.load(header["arguments"]["data_dir"])
+    inputs, labels = task.test(15)
     with torch.no_grad():
-        scores = model.eval()(test.sequences(15, 14))
-    assert epochs[-1]["test_accuracy"]["15"] == (scores.argmax(1) == test.labels).double().mean().item()
-    loss = torch.nn.functional.cross_entropy(scores, test.labels.long()).item()
+        scores = model.eval()(inputs)[:, 0]
+    assert epochs[-1]["test_accuracy"]["15"] == (scores.argmax(1) == labels[:, 0]).double().mean().item()
+    loss = torch.nn.functional.cross_entropy(scores, labels[:, 0]).item()
     assert epochs[-1]["test_loss"]["15"] == pytest.approx(loss)
 
     printed = capsys.readouterr().out
     assert f"{header['parameters']} parameters" in printed
     assert "| RIM | 14x14 | 15x15 |\n" in printed
-    assert "| test accuracy, % | " + " | ".join(f"{100 * x:.1f}" for x in epochs[-1]["test_accuracy"].values()) in printed
+    assert "| accuracy, % | " + " | ".join(f"{100 * x:.1f}" for x in epochs[-1]["test_accuracy"].values()) in printed
     for name in (report.CURVES, report.UNITS):
         assert (log_dir / name).read_bytes().startswith(b"\x89PNG")
     if trainer.SummaryWriter:
@@ -341,6 +445,96 @@ def test_it_learns(run: Callable[..., None], tmp_path: Path) -> None:
     assert last["train_accuracy"] > 0.9
 
 
+def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
+    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here with accuracies that are made up, so that it is the second of four epochs."""
+    made_up, real = iter((0.2, 0.6, 0.4, 0.6)), trainer.Trainer.measure
+
+    def measure(self: trainer.Trainer, examples: Any, title: str) -> dict[str, float]:
+        return real(self, examples, title) | ({"accuracy": next(made_up)} if title == "validation" else {})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "measure", measure)
+        run("--valid", 9, "--epochs", 4, "--lr", 0.03, "--eval_sizes", 15, "--log_dir", tmp_path)
+    header, *epochs = read_log(tmp_path)
+    task, model = prepared(header)
+    whole = mnist.load(header["arguments"]["data_dir"])[0].sequences(14, 14)
+    assert torch.equal(task.train(0).inputs, whole[:-9])
+    assert torch.equal(task.valid().inputs, whole[-9:])
+
+    assert [line["valid_accuracy"] for line in epochs] == [0.2, 0.6, 0.4, 0.6]
+    assert [line["chosen"] for line in epochs] == [1, 2, 2, 2]
+    saved, best = checkpoint.load(tmp_path), epochs[1]
+    assert saved["best"]["epoch"] == 2
+    assert report.chosen(epochs) == best
+    model.eval().load_state_dict(saved["best"]["model"])
+    with torch.no_grad():
+        hits = model(task.test(15).inputs).argmax(2) == task.test(15).targets
+    assert hits.double().mean().item() == best["test_accuracy"]["15"]
+    accuracy = f"{100 * best['test_accuracy']['15']:.1f}"
+    expected = f"| RIM, epoch 2 | validation | 15x15 |\n| --- | ---: | ---: |\n| accuracy, % | 60.0 | {accuracy} |\n"
+    assert expected in capsys.readouterr().out
+    run("--no-train", "--log_dir", tmp_path, small=False)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| accuracy"))
+    assert line.endswith(f" | {accuracy} |")
+
+
+def test_no_size_of_test_at_all(run: Callable[..., None], tmp_path: Path) -> None:
+    run("--epochs", 1, "--valid", 9, "--eval_sizes", "--log_dir", tmp_path)
+    assert read_log(tmp_path)[1]["test_accuracy"] == {}
+
+
+def test_averaged_weights_are_what_is_evaluated(run: Callable[..., None], tmp_path: Path) -> None:
+    """With one batch an epoch, each checkpoint has the weights after one more step."""
+    weights, averages = [], []
+    for epochs in (1, 2, 3):
+        run("--ema", 0.75, "--batch_size", 41, "--lr", 0.01, "--epochs", epochs, "--log_dir", tmp_path, "--loadsaved")
+        saved = checkpoint.load(tmp_path)
+        weights.append(saved["model"]["readout.weight"])
+        averages.append(saved["average"]["module.readout.weight"])
+    torch.testing.assert_close(averages[0], weights[0])
+    torch.testing.assert_close(averages[1], 0.75 * averages[0] + 0.25 * weights[1])
+    torch.testing.assert_close(averages[2], 0.75 * averages[1] + 0.25 * weights[2])
+    header, *lines = read_log(tmp_path)
+    task, model = prepared(header)
+    model.load_state_dict({name.removeprefix("module."): p for name, p in saved["average"].items() if name != "n_averaged"})
+    inputs, labels = task.test(15)
+    with torch.no_grad():
+        loss = task.measure(model.eval()(inputs), labels)["loss"].mean().item()
+    assert lines[-1]["test_loss"]["15"] == pytest.approx(loss)
+
+
+def test_gradients_are_clipped_to_a_norm(run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.Adam.step
+
+    def watched(self: torch.optim.Adam, *args: Any) -> Any:
+        norms.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm().item())
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    run("--epochs", 1, "--clip_grad", 0.01, "--log_dir", tmp_path / "clipped")
+    assert norms == pytest.approx([0.01] * 6, rel=1e-3)
+    norms.clear()
+    run("--epochs", 1, "--log_dir", tmp_path / "free")
+    assert min(norms) > 0.02
+
+
+def test_an_embedding_comes_before_the_layer() -> None:
+    model = model_of("--hidden_size 12 --num_units 3 --embed 5")
+    assert model.embed.weight.shape == (5, 10)
+    assert model.rnn.input_size == 5
+    lstm = model_of("--model LSTM --hidden_size 12 --embed 5")
+    assert (lstm.embed.weight.shape, lstm.rnn.input_size) == ((5, 10), 5)
+    assert not list(model_of("--hidden_size 12").embed.parameters())
+
+
+def model_of(text: str, task: str = "copying") -> Model:
+    args = arguments.build_parser(task).parse_args(text.split())
+    return Model(args, TASKS[task](args))
+
+
 def test_every_rim_argument_reaches_the_rim() -> None:
     given = {
         "num_units": 5, "k": 2, "rnn_cell": "GRU", "key_size_input": 7, "value_size_input": 9, "query_size_input": 7,
@@ -348,8 +542,7 @@ def test_every_rim_argument_reaches_the_rim() -> None:
         "num_comm_heads": 3, "comm_dropout": 0.75,
     }  # fmt: skip
     text = " ".join(f"--{name} {value}" for name, value in given.items())
-    args = arguments.build_parser().parse_args(f"--hidden_size 20 --input_size 3 {text}".split())
-    cell = Classifier(args).rnn.cells[0]
+    cell = model_of(f"--hidden_size 20 --embed 3 {text}").rnn.cells[0]
     shapes = {name: tuple(p.shape) for name, p in cell.named_parameters()}
     assert shapes["input_attention.key.weight"] == (2 * 7, 3)
     assert shapes["input_attention.value.weight"] == (2 * 9, 3)
@@ -357,7 +550,16 @@ def test_every_rim_argument_reaches_the_rim() -> None:
     assert shapes["communication.key.weight"] == (5, 4, 3 * 6)
     assert shapes["communication.value.weight"] == (5, 4, 3 * 8)
     assert (cell.k, cell.input_dropout, cell.comm_dropout) == (2, 0.25, 0.75)
-    assert Classifier(arguments.build_parser().parse_args(["--hidden_size", "60"])).rnn.cells[0].input_dropout == 0.1
+    assert model_of("--hidden_size 60").rnn.cells[0].input_dropout == 0.1
+
+
+def test_whether_communication_is_bounded_is_said_only_where_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    keywords: dict[str, Any] = {}
+    monkeypatch.setattr(models, "RIM", lambda *sizes, **given: keywords.update(given) or torch.nn.Identity())
+    for text, expected in (("", None), ("--comm_bounded", True), ("--no-comm_bounded", False)):
+        keywords.clear()
+        model_of(text)
+        assert keywords.get("comm_bounded") is expected
 
 
 @pytest.mark.parametrize(
@@ -371,6 +573,11 @@ def test_every_rim_argument_reaches_the_rim() -> None:
         (["--lr", 0], "--lr has to be positive"),
         (["--checkpoint_minutes", -1], "--checkpoint_minutes"),
         (["--model", "GRU"], "--model"),
+        (["--valid", -1], "--valid must not be negative"),
+        (["--valid", 41], "error: --valid 41 leaves none of 41 digits to train"),
+        (["--clip_grad", -1], "--clip_grad must not be negative"),
+        (["--ema", 1], "--ema has to be at least 0 and less than 1"),
+        (["--examples", 5], "unrecognized arguments: --examples 5"),
     ],
 )
 def test_an_argument_out_of_range_is_named(args: list[object], says: str, refused: Callable[..., str], tmp_path: Path) -> None:
@@ -386,29 +593,31 @@ def test_cuda_without_a_gpu_is_refused(refused: Callable[..., str], tmp_path: Pa
 def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(refused: Callable[..., str], tmp_path: Path) -> None:
     message = refused("--lr", "1e30", "--checkpoint_minutes", 0, "--epochs", 3, "--log_dir", tmp_path)
     assert re.match(r"error: the loss is (nan|inf) at epoch \d, batch \d; try a smaller --lr than 1e\+30", message)
-    assert checkpoint.load(tmp_path)["progress"]["loss"] < float("inf")
+    assert checkpoint.load(tmp_path)["progress"]["sums"]["loss"] < float("inf")
 
 
-def test_the_cosine_schedule_ends_at_zero() -> None:
-    factor = trainer.schedule("cosine", 10)
-    assert factor(0) == 1
-    assert factor(5) == pytest.approx(0.5)
-    assert factor(10) == 0
-    assert trainer.schedule("constant", 10)(7) == 1
+def test_schedules_of_the_learning_rate() -> None:
+    assert [trainer.schedule("constant", 10)(step) for step in (0, 7, 10)] == [1, 1, 1]
+    cosine = trainer.schedule("cosine", 10)
+    assert [cosine(step) for step in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
+    one_cycle = trainer.schedule("one-cycle", 100)
+    assert [one_cycle(step) for step in (0, 15, 30, 65, 100)] == pytest.approx([0.04, 0.52, 1, 0.5, 0])
+    assert [trainer.schedule("constant", 10, warmup_steps=3)(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
 
 
-def test_activity_has_each_pixel_with_the_step_that_read_it() -> None:
-    args = arguments.build_parser().parse_args(["--hidden_size", "12", "--num_units", "3", "--k", "2", "--input_size", "4"])
-    model = Classifier(args).eval()
-    inputs = data.load(str(SHIPPED))[1].sequences(5, 4)[:6]
-    activity = report.activity(model, inputs, 5)
+def test_activity_has_each_pixel_with_the_step_that_read_it(digits: Path) -> None:
+    text = f"--data_dir {digits} --hidden_size 12 --num_units 3 --k 2 --input_size 4 --size 5"
+    args = arguments.build_parser("sequential_mnist").parse_args(text.split())
+    task = TASKS["sequential_mnist"](args)
+    model, inputs = Model(args, task).eval(), task.test(5).inputs[:6]
+    activity = task.places(report.activity(model, inputs), args)
     assert activity.shape == (6, 3, 5, 5)
     assert (activity.sum(1) == 2).all()
     with record(model.rnn) as records, torch.no_grad():
         model(inputs)
     for pixel in range(25):
         active = records[0].active[0, pixel // 4]
-        assert torch.equal(torch.from_numpy(activity[:, :, pixel // 5, pixel % 5]), active)
+        assert torch.equal(activity[:, :, pixel // 5, pixel % 5], active)
 
 
 def test_a_unit_is_painted_in_four_shades() -> None:
@@ -424,7 +633,8 @@ class Killed(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-KILLABLE = ["--epochs", 2, "--checkpoint_minutes", 0, "--eval_sizes", 14, "--batch_size", 14, "--input_dropout", 0.3]
+KILLABLE = ["--epochs", 2, "--checkpoint_minutes", 0, "--eval_sizes", 14, "--batch_size", 11, "--input_dropout", 0.3]
+KILLABLE += ["--valid", 8, "--ema", 0.5, "--clip_grad", 1, "--warmup_steps", 2, "--lr", 0.01]
 
 
 def test_killed_at_any_write_and_resumed_it_ends_as_if_never_stopped(
@@ -471,6 +681,40 @@ def test_killed_at_any_write_and_resumed_it_ends_as_if_never_stopped(
     assert point > 20
 
 
+@pytest.mark.parametrize("where", ["step", "measure"])
+def test_asked_to_stop_it_saves_its_state_and_goes_on_bit_for_bit(
+    where: str, run: Callable[..., None], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an epoch, or of an evaluation."""
+    args = [*KILLABLE, "--checkpoint_minutes", 100]
+    run(*args, "--log_dir", tmp_path / "whole")
+    real, countdown = getattr(trainer.Trainer, where), iter((False, False, True))
+
+    def signalled(*given: Any) -> Any:
+        if next(countdown, False):
+            signal.raise_signal(signal.SIGTERM if where == "step" else signal.SIGINT)
+        return real(*given)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, where, signalled)
+        message = refused(*args, "--log_dir", tmp_path / "stopped")
+    assert message == f"stopped; --loadsaved --log_dir {tmp_path / 'stopped'} goes on"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert checkpoint.load(tmp_path / "stopped")["progress"]["batch"] == 3
+    run("--loadsaved", "--log_dir", tmp_path / "stopped", small=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of files")
+def test_two_processes_do_not_work_on_one_run(finished: Path, run: Callable[..., None], refused: Callable[..., str]) -> None:
+    before = contents(finished)
+    with checkpoint.locked(finished):
+        assert "another process is at work on this run" in refused("--loadsaved", "--epochs", 2, "--log_dir", finished)
+    assert contents(finished) == before
+    run("--loadsaved", "--epochs", 2, "--log_dir", finished)
+
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill in /proc")
 
 
@@ -496,7 +740,7 @@ def kill_in_the_middle(process: subprocess.Popen[bytes], log_dir: Path, epoch: i
 @needs_proc
 def test_sigkill_and_resume_end_bit_for_bit_as_an_uninterrupted_run(digits: Path, tmp_path: Path) -> None:
     command = [EXAMPLE / "train.py", "--data_dir", digits, *SMALL, "--epochs", 3, "--batch_size", 2, "--input_dropout", 0.3]
-    command += ["--comm_dropout", 0.3, "--checkpoint_minutes", 0, "--lr_schedule", "cosine", "--log_dir"]
+    command += ["--comm_dropout", 0.3, "--checkpoint_minutes", 0, "--lr_schedule", "one-cycle", "--log_dir"]
     assert start([*command, tmp_path / "whole"]).wait() == 0
     killed = tmp_path / "killed"
     kill_in_the_middle(start([*command, killed]), killed, epoch=0)
@@ -560,12 +804,16 @@ def test_a_changed_commit_is_noted_when_a_run_goes_on(
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "checkpoint.pt, metrics.jsonl, curves.png, units.png of an earlier run; .*--loadsaved goes on"),
+        ([], "checkpoint.pt, metrics.jsonl, curves.png, units.png, activity.json of an earlier run; .*--loadsaved goes on"),
         (["--seed", 1], "of an earlier run"),
         (["--loadsaved", "--seed", 1], "holds a run with other arguments: seed 0, not 1"),
+        (["--loadsaved", "--task", "sequential_mnist", "--size", 13], "size 14, not 13"),
         (["--loadsaved", "--hidden_size", 24, "--lr", 0.5], "hidden_size 12, not 24; lr 0.0001, not 0.5"),
-        (["--loadsaved", "--data_dir", SHIPPED], "digits"),
+        (["--loadsaved", "--data_dir", SHIPPED], "other arguments: data "),
+        (["--loadsaved", "--task", "copying"], "holds a run of another task: sequential_mnist"),
         (["--loadsaved", "--model", "LSTM"], "--num_units belongs to a RIM"),
+        (["--loadsaved", "--valid", 5], "valid 0, not 5"),
+        (["--loadsaved", "--ema", 0.9], "ema 0.0, not 0.9"),
         (["--no-train", "--hidden_size", 24], "hidden_size 12, not 24"),
     ],
 )
@@ -581,7 +829,7 @@ def test_a_second_run_that_does_not_fit_loses_nothing(
 def test_a_log_without_its_checkpoint_is_not_overwritten(flags: list[str], finished: Path, refused: Callable[..., str]) -> None:
     (finished / checkpoint.CHECKPOINT).unlink()
     before = contents(finished)
-    assert "metrics.jsonl, curves.png, units.png of an earlier run" in refused(*flags, "--log_dir", finished)
+    assert "metrics.jsonl, curves.png, units.png, activity.json of an earlier run" in refused(*flags, "--log_dir", finished)
     assert contents(finished) == before
 
 
@@ -616,7 +864,9 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "code in it": (pickled, "not a checkpoint, or a damaged one: Weights only load failed"),
     "a tensor": (edited(lambda s: s.clear()), "it has no dict named header"),
     "part missing": (edited(lambda s: s.pop("generators")), "it has no dict named generators"),
-    "no arguments": (edited(lambda s: s["header"].clear()), "its header has no arguments"),
+    "no task": (edited(lambda s: s["header"].pop("task")), "its header has no task"),
+    "no arguments": (edited(lambda s: s["header"].pop("arguments")), "its header has no arguments"),
+    "a best epoch without validation": (edited(lambda s: s["best"].update(epoch=1)), "best.epoch is unexpected"),
     "parameter missing": (edited(lambda s: s["model"].pop(QUERY)), rf"model.{QUERY} is missing"),
     "parameter too many": (edited(lambda s: s["model"].update(x=torch.ones(1))), "model.x is unexpected"),
     "parameter of another shape": (
@@ -662,6 +912,26 @@ def test_a_broken_checkpoint_is_refused_before_anything_is_overwritten(
     assert contents(finished) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s["best"].clear(), "best.epoch is missing"),
+        (lambda s: s["best"]["model"].update({QUERY: torch.ones(2)}), f"best.model.{QUERY} is torch.float32"),
+        (lambda s: s["average"].pop(f"module.{QUERY}"), f"average.module.{QUERY} is missing"),
+        (lambda s: s.pop("best"), "it has no dict named best"),
+    ],
+)
+def test_best_and_averaged_weights_are_checked_too(
+    change: Callable[[dict[str, Any]], object], says: str, run: Callable[..., None], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    run("--valid", 9, "--ema", 0.5, "--epochs", 1, "--log_dir", tmp_path)
+    path = tmp_path / checkpoint.CHECKPOINT
+    path.write_bytes(edited(change)(path.read_bytes()))
+    before = contents(tmp_path)
+    assert says in refused("--loadsaved", "--epochs", 2, "--log_dir", tmp_path, small=False)
+    assert contents(tmp_path) == before
+
+
 def test_no_train_evaluates_the_saved_model_and_leaves_the_run_alone(
     run: Callable[..., None], refused: Callable[..., str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -669,10 +939,7 @@ def test_no_train_evaluates_the_saved_model_and_leaves_the_run_alone(
     capsys.readouterr()
     run("--no-train", "--eval_sizes", 15, 20, "--log_dir", finished, small=False)
     accuracy = read_log(finished)[-1]["test_accuracy"]["15"]
-    assert (
-        f"| RIM | 15x15 | 20x20 |\n| --- | ---: | ---: |\n| test accuracy, % | {100 * accuracy:.1f} | "
-        in capsys.readouterr().out
-    )
+    assert f"| RIM | 15x15 | 20x20 |\n| --- | ---: | ---: |\n| accuracy, % | {100 * accuracy:.1f} | " in capsys.readouterr().out
     after = contents(finished)
     assert [name for name in after if after[name] != before.get(name)] in ([], [report.UNITS])
     assert "checkpoint.pt: no such file" in refused("--no-train", "--log_dir", tmp_path / "nothing")
@@ -687,7 +954,7 @@ def test_table_and_curves_come_from_the_log_alone(
     assert picture.read_bytes().startswith(b"\x89PNG")
     accuracies = json.loads(log.read_text().splitlines()[-1])["test_accuracy"].values()
     cells = " | ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
-    assert f"| RIM | 14x14 | 16x16 | 19x19 | 24x24 |\n| --- | ---: | ---: | ---: | ---: |\n| test accuracy, % | {cells} |" in (
+    assert f"| RIM | 14x14 | 16x16 | 19x19 | 24x24 |\n| --- | ---: | ---: | ---: | ---: |\n| accuracy, % | {cells} |" in (
         capsys.readouterr().out
     )
 
@@ -722,7 +989,7 @@ def test_two_processes_have_the_losses_of_one_and_go_on_after_sigkill(
     assert_same_run(tmp_path / "two", killed)
 
 
-def test_each_process_goes_on_with_its_own_dropout(finished: Path, digits: Path) -> None:
+def test_each_process_goes_on_with_its_own_dropout(finished: Path) -> None:
     saved = checkpoint.load(finished)
     saved["generators"]["cpu"] = [torch.Generator().manual_seed(seed).get_state() for seed in (1, 2)]
     saved["generators"]["cuda"] = [None, None]
@@ -740,6 +1007,196 @@ def test_each_process_goes_on_with_its_own_dropout(finished: Path, digits: Path)
             return [value, value]
 
     args = Namespace(**saved["header"]["arguments"], log_dir=str(finished))
-    second = trainer.Trainer(args, saved["header"], Classifier(args), *data.load(str(digits)), Second())
+    task, model = prepared(saved["header"])
+    second = trainer.Trainer(args, saved["header"], model, task, Second())
     second.load_state(saved)
     assert torch.equal(torch.get_rng_state(), saved["generators"]["cpu"][1])
+
+
+# --- A whole study
+
+STUDY = """
+[copying]
+seeds = [0, 1]
+cuda = false
+size = 3
+eval_sizes = [3, 5]
+hidden_size = 12
+epochs = 2
+batch_size = 16
+examples = 400
+test_examples = 40
+valid = 40
+lr = 1e-2
+
+[[rows]]
+name = "RIM 3/2"
+task = "copying"
+num_units = 3
+
+[[rows]]
+name = "LSTM"
+task = "copying"
+model = "LSTM"
+seeds = [0]
+"""
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs study.py or study_report.py on `STUDY`, or on another text, in this process."""
+
+    def command(module: Any, *args: object, text: str = STUDY) -> None:
+        (tmp_path / "tiny.toml").write_text(text)
+        given = [f"{module.__name__}.py", tmp_path / "tiny.toml", "--runs", tmp_path / "runs", *args]
+        monkeypatch.setattr(sys, "argv", [*map(str, given)])
+        module.main()
+
+    return command
+
+
+def test_a_study_is_stopped_goes_on_and_is_reported(
+    command: Callable[..., None], run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    log_dirs = [runs / "copying" / name for name in ("RIM-3-2/seed-0", "RIM-3-2/seed-1", "LSTM/seed-0")]
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    process = start([EXAMPLE / "study.py", tmp_path / "tiny.toml", "--runs", runs])
+    while process.poll() is None and not (log_dirs[0] / checkpoint.METRICS).exists():
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 1
+    checkpoint.load(log_dirs[0])
+    with checkpoint.locked(log_dirs[0]):  # nobody is at work on it any more
+        pass
+    assert not log_dirs[2].exists()
+    command(study_report)
+    printed = capsys.readouterr().out
+    assert "| LSTM, *no epoch yet* | 0 |" in printed
+
+    command(study, "--jobs", 2)
+    printed = capsys.readouterr().out
+    assert re.search("3 runs, [23] of them not finished", printed)
+    assert all(f"copying, {name} is finished" in printed for name in ("RIM 3/2, seed 1", "LSTM, seed 0"))
+    text = "--task copying --no-cuda --size 3 --eval_sizes 3 5 --hidden_size 12 --epochs 2 --batch_size 16 --examples 400"
+    text += " --test_examples 40 --valid 40 --lr 1e-2 --num_units 3"
+    run(*text.split(), "--log_dir", tmp_path / "alone", small=False)
+    assert_same_run(tmp_path / "alone", log_dirs[0])
+    command(study)
+    assert "3 runs, 0 of them not finished" in capsys.readouterr().out
+
+    command(study_report)
+    printed = capsys.readouterr().out
+    assert (runs / study_report.TABLE).read_text() + "\n" == printed
+    assert "| RIM 3/2 | 0, 1 | last: 2, 2 |" in printed
+    assert "| LSTM | 0 | last: 2 |" in printed
+    assert "unfinished" not in printed
+    for name in ("sizes", "curves", "units"):
+        assert (runs / "copying" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_goes_on_past_a_run_that_fails(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stand-ins for the runs: the one of the RIM with seed 1 fails."""
+
+    def stand_in(row: study.Row, seed: int, args: Namespace) -> subprocess.Popen[bytes]:
+        log_dir = row.log_dir(args.runs, seed)
+        log_dir.mkdir(parents=True)
+        with open(log_dir / study.OUTPUT, "w") as output:
+            output.write("begins\nerror: no space\n")
+        return subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({seed})"])
+
+    monkeypatch.setattr(study, "start", stand_in)
+    with pytest.raises(SystemExit, match="1 failed: copying, RIM 3/2, seed 1"):
+        command(study)
+    printed = capsys.readouterr().out
+    assert "copying, RIM 3/2, seed 1 failed: error: no space" in printed
+    assert "copying, LSTM, seed 0 is finished" in printed
+
+
+def fake_log(row: study.Row, runs: Path, seed: int, accuracies: list[float], chosen: int) -> None:
+    """A log with the same accuracy in validation and tests, and its tenth for a loss."""
+    log_dir = row.log_dir(runs, seed)
+    log_dir.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [{"task": row.task, "arguments": vars(row.arguments) | {"seed": seed}}]
+    for epoch, accuracy in enumerate(accuracies, 1):
+        line: dict[str, Any] = {"epoch": epoch, "seconds": 50.0, "evaluation_seconds": 10.0, "chosen": min(chosen, epoch)}
+        for name, value in (("accuracy", accuracy), ("loss", accuracy / 10)):
+            line |= {f"train_{name}": value, f"valid_{name}": value, f"test_{name}": {"3": value, "5": value / 2}}
+        lines.append(line)
+    (log_dir / checkpoint.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": ')
+
+
+def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    rim, lstm = study.read(tmp_path / "tiny.toml")
+    fake_log(rim, tmp_path / "runs", 0, [0.8, 0.6], chosen=1)
+    fake_log(rim, tmp_path / "runs", 1, [0.5, 0.7], chosen=2)
+    fake_log(lstm, tmp_path / "runs", 0, [0.9], chosen=1)
+    command(study_report)
+    assert (
+        "| accuracy, % | seeds | epoch | validation | 3 | 5 | time |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| RIM 3/2 | 0, 1 | chosen: 1, 2 | 75.0 ± 7.1 | 75.0 ± 7.1 | 37.5 ± 3.5 | 2.0 min |\n"
+        "| RIM 3/2 | 0, 1 | last: 2, 2 | 65.0 ± 7.1 | 65.0 ± 7.1 | 32.5 ± 3.5 | 2.0 min |\n"
+        "| LSTM, *unfinished* | 0 | chosen: 1 of 2 | 90.0 | 90.0 | 45.0 | 1.0 min |\n"
+        "| LSTM, *unfinished* | 0 | last: 1 of 2 | 90.0 | 90.0 | 45.0 | 1.0 min |\n"
+    ) in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"is of a run with other arguments: lr 0\.01, not 0\.02"):
+        command(study_report, text=STUDY.replace("1e-2", "2e-2"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("[copying]", "[copyng]", "copyng is no task; there are sequential_mnist, copying, adding"),
+        ("[copying]", "[copying", "tiny.toml: "),
+        ('task = "copying"\nmodel', 'task = "sorting"\nmodel', "a row needs a name and a task"),
+        ("seeds = [0]", "seeds = 0", "LSTM needs a list of seeds"),
+        ('name = "LSTM"', 'name = "RIM 3-2"', "two rows of copying have the name RIM 3"),
+        ("num_units", "num_unts", "tiny.toml: RIM 3/2: error: unrecognized arguments: --num_unts 3"),
+        ('model = "LSTM"', 'model = "LSTM"\nk = 2', "tiny.toml: LSTM: error: --k belongs to a RIM"),
+        (STUDY[STUDY.index("[[rows]]") :], "", "has no rows"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused_at_once(
+    old: str, new: str, says: str, command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(study, text=STUDY.replace(old, new, 1))
+    assert says in (capsys.readouterr().err if exit.value.code == 2 else str(exit.value.code))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["study.toml", "search.toml"])
+def test_every_row_of_the_studies_can_be_built_and_is_in_the_table(name: str, tmp_path: Path) -> None:
+    rows = study.read(EXAMPLE / name)
+    text = study_report.write(Namespace(runs=tmp_path), rows)
+    for row in rows:
+        assert f"| {row.name}, *no epoch yet* |" in text
+        args = Namespace(**vars(row.arguments) | {"comm_bounded": None})  # no size depends on it
+        with torch.device("meta"):
+            model = Model(args, Namespace(input_size=1, outputs=10, read_steps=1))
+        assert isinstance(model.rnn, torch.nn.LSTM if args.model == "LSTM" else RIM)
+        assert args.valid > 0
+        assert name != "search.toml" or args.eval_sizes == [], "a search that looks at test examples"
+
+
+def test_the_error_of_a_sum_is_beside_that_of_a_constant_guess(tmp_path: Path) -> None:
+    text = STUDY.replace("copying", "adding").replace("valid = 40\n", "")
+    (tmp_path / "tiny.toml").write_text(text)
+    rows = study.read(tmp_path / "tiny.toml")
+    log_dir = rows[1].log_dir(tmp_path, 0)
+    log_dir.mkdir(parents=True)
+    lines: list[dict[str, Any]] = [{"arguments": vars(rows[1].arguments)}]
+    for epoch in (1, 2):
+        line = {"epoch": epoch, "seconds": 9.0, "evaluation_seconds": 3.0}
+        lines.append(line | {"test_loss": {"3": 0.1, "5": 0.2}, "test_constant": {"3": 0.16, "5": 0.17}})
+    (log_dir / checkpoint.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = study_report.write(Namespace(runs=tmp_path), rows)
+    assert "| LSTM | 0 | last: 2 |  | 0.1000 | 0.2000 | 0.4 min |\n| always 1 |  |  |  | 0.1600 | 0.1700 |  |\n" in table
+    assert "![curves](adding/curves.png)" in table
+    assert not (tmp_path / "adding" / "units.png").exists()

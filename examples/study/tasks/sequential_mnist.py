@@ -1,8 +1,9 @@
-"""MNIST digits as sequences of binary pixels.
+"""MNIST digits as sequences of binary pixels: learnt at one resolution, tested at larger ones.
 
-A digit is resized from 28x28 to `size` x `size` by nearest neighbour (row and column `i` of the result are
-row and column `i * 28 // size` of the original, as in OpenCV's `INTER_NEAREST`), a pixel brighter than
-`THRESHOLD` becomes 1 and any other 0, and the pixels are read line by line, `input_size` of them per step.
+Goyal et al., 2021, appendix D.3. A digit is resized from 28x28 to `size` x `size` by nearest neighbour (row and column `i` of
+the result are row and column `i * 28 // size` of the original, as in OpenCV's `INTER_NEAREST`), a pixel brighter than
+`THRESHOLD` becomes 1 and any other 0, and the pixels are read line by line, `input_size` of them per step. The output of the
+last step says which digit it was.
 """
 
 import gzip
@@ -10,12 +11,16 @@ import hashlib
 import math
 import struct
 import zlib
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pooch
 import torch
 from torch import Tensor
+
+from tasks.task import DataError, Examples, Measure, Task, classify, positive
 
 THRESHOLD = 120
 
@@ -30,10 +35,6 @@ SHA256 = {
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
-
-
-class DataError(ValueError):
-    """A data file is missing or is not what it should be; the message names it."""
 
 
 class Digits(NamedTuple):
@@ -54,11 +55,71 @@ class Digits(NamedTuple):
         pixels = torch.nn.functional.pad(pixels, (0, steps * input_size - pixels.shape[1]))
         return pixels.view(-1, steps, input_size)
 
+    def examples(self, size: int, input_size: int) -> Examples:
+        return Examples(self.sequences(size, input_size), self.labels.long().unsqueeze(1))
+
     def sha256(self) -> str:
         """What tells this set of digits from any other."""
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
+
+
+class SequentialMNIST(Task):
+    size, size_title = 14, "pixels per side"
+    eval_sizes: ClassVar = [14, 16, 19, 24]
+    measures: ClassVar = {"accuracy": Measure("accuracy, %", 100, 1), "loss": Measure("cross-entropy")}
+    guess = ("chance", 0.1)
+    outputs, read_steps = 10, 1
+
+    @staticmethod
+    def add_arguments(add: Callable[..., Any]) -> None:
+        add("--data_dir", help="folder with the four idx files of MNIST, plain or gzip (default: download them once)")
+        add("--input_size", type=positive, default=1, help="pixels per step; zeros fill up the last one (default: %(default)s)")
+
+    def __init__(self, args: Namespace) -> None:
+        super().__init__(args)
+        self.input_size = args.input_size
+        self.digits, self.test_digits = load(args.data_dir)
+        self.examples = len(self.digits.labels) - args.valid
+        if self.examples < 1:
+            raise DataError(f"--valid {args.valid} leaves none of {len(self.digits.labels)} digits to train")
+        self.trained = Digits(*(part[: self.examples] for part in self.digits)).examples(args.size, self.input_size)
+
+    @staticmethod
+    def label(size: int | str) -> str:
+        return f"{size}x{size}"
+
+    def train(self, epoch: int) -> Examples:
+        return self.trained
+
+    def valid(self) -> Examples:
+        """The last training digits."""
+        return Digits(*(part[self.examples :] for part in self.digits)).examples(self.args.size, self.input_size)
+
+    def test(self, size: int) -> Examples:
+        return self.test_digits.examples(size, self.input_size)
+
+    def identity(self) -> dict[str, str]:
+        return {"train": self.digits.sha256(), "test": self.test_digits.sha256()}
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return classify(outputs, targets)
+
+    def samples(self, examples: Examples) -> Examples:
+        """The first digit of each class."""
+        inputs, targets = examples
+        first = [int((targets[:, 0] == label).nonzero()[0]) for label in targets.unique()]
+        return Examples(inputs[first], targets[first])
+
+    def ink(self, inputs: Tensor) -> Tensor:
+        size = self.args.size
+        return inputs.flatten(1)[:, : size * size].unflatten(1, (size, size)).bool()
+
+    @staticmethod
+    def places(steps: Tensor, args: Namespace) -> Tensor:
+        pixels = steps.repeat_interleave(args.input_size, -1)[..., : args.size**2]
+        return pixels.unflatten(-1, (args.size, args.size))
 
 
 def load(data_dir: str | None) -> tuple[Digits, Digits]:

@@ -9,17 +9,19 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HEADER = ("arguments", "processes", "digits", "commit", "torch")
+HEADER = ("task", "arguments", "processes", "data", "commit", "torch")
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 PARTS = {
-    "header": dict, "metrics": list, "progress": dict, "model": dict, "optimizer": dict, "scheduler": dict, "generators": dict,
+    "header": dict, "metrics": list, "progress": dict, "model": dict, "average": dict, "best": dict,
+    "optimizer": dict, "scheduler": dict, "generators": dict,
 }  # fmt: skip
 
 
@@ -60,7 +62,8 @@ def write_metrics(log_dir: Path, metrics: list[dict[str, Any]]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """All lines but one that is still being written, or was when the run was killed."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def append_metrics(log_dir: Path, line: dict[str, Any]) -> None:
@@ -79,6 +82,24 @@ def replace(path: Path, content: bytes) -> None:
     if os.name == "posix":  # the new name, too, has to reach the disk
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
+        os.close(directory)
+
+
+@contextmanager
+def locked(log_dir: Path) -> Iterator[None]:
+    """Keeps every other process from running this run meanwhile, where the system can."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    directory = os.open(log_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise CheckpointError(f"{log_dir}: another process is at work on this run") from error
+    finally:
         os.close(directory)
 
 

@@ -1,10 +1,24 @@
-"""This process among those that torchrun started; without torchrun, it is alone."""
+"""This process among those that torchrun started; without torchrun, it is alone. And what it does when asked to stop."""
 
 import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import distributed, nn
+
+
+@contextmanager
+def asked_to_stop(handler: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile SIGINT and SIGTERM call `handler` and do nothing else."""
+    before = {number: signal.signal(number, lambda *_: handler()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Processes:

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 
 import torch
-from data import Digits, load
+from tasks.sequential_mnist import Digits, load
 
 PER_CLASS = {"train": 500, "t10k": 100}
 

@@ -1,12 +1,13 @@
-"""Sequential MNIST at several resolutions: trains a RIM or an LSTM on small digits and tests it on larger ones.
+"""Trains a RIM or an LSTM on a task and tests it at larger sizes than those it was trained at.
 
-    python train.py                          # the paper's setting, on MNIST, downloaded
+    python train.py                          # sequential MNIST in the paper's setting, downloaded
     python train.py --model LSTM --log_dir runs/lstm
+    python train.py --task copying           # or adding; --task copying --help has its options
     python train.py --loadsaved              # go on after an interruption
     python train.py --no-train               # evaluate the saved model once more
     torchrun --nproc_per_node 2 train.py     # on several processes or GPUs
 
-The task is that of Goyal et al., 2021, *Recurrent Independent Mechanisms*, appendix D.3.
+The tasks are those of Goyal et al., 2021, *Recurrent Independent Mechanisms*, appendix D.
 """
 
 import argparse
@@ -15,30 +16,31 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import checkpoint
-import data
 import report
 import torch
 from arguments import parse
-from model import MODEL_ARGUMENTS, Classifier
-from processes import Processes
-from trainer import Trainer, TrainingError
+from model import MODEL_ARGUMENTS, Model
+from processes import Processes, asked_to_stop
+from tasks import TASKS, Task
+from tasks.task import DataError
+from trainer import Stopped, Trainer, TrainingError
 
-UNRECORDED = {"train", "loadsaved", "log_dir"}  # arguments that say what to do with a run, not what it is
+UNRECORDED = {"task", "train", "loadsaved", "log_dir"}  # arguments with a place of their own, or no part of what a run is
 CHANGEABLE = {"epochs", "data_dir", "checkpoint_minutes"}  # arguments that may be others when a run goes on
 
 
-def describe(
-    args: argparse.Namespace, model: Classifier, train: data.Digits, test: data.Digits, processes: Processes
-) -> dict[str, Any]:
+def describe(args: argparse.Namespace, model: Model, task: Task, processes: Processes) -> dict[str, Any]:
     """What runs: the first line of the log."""
     return {
+        "task": args.task,
         "arguments": {name: value for name, value in vars(args).items() if name not in UNRECORDED},
         "processes": processes.count,
-        "digits": {"train": train.sha256(), "test": test.sha256()},
+        "data": task.identity(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
@@ -69,7 +71,7 @@ def check_log_dir(args: argparse.Namespace, header: dict[str, Any], saved: dict[
                 + (f" (--loadsaved goes on with a {checkpoint.CHECKPOINT})" if checkpoint.CHECKPOINT in there else "")
             )
         return
-    old, new = ({**h["arguments"], "processes": h["processes"], "digits": h["digits"]} for h in (saved["header"], header))
+    old, new = ({**h["arguments"], "processes": h["processes"], "data": h["data"]} for h in (saved["header"], header))
     fixed = set(MODEL_ARGUMENTS)
     if args.train:
         fixed = (old.keys() | new.keys()) - CHANGEABLE
@@ -89,45 +91,61 @@ def go_on(old: dict[str, Any], new: dict[str, Any], epochs: int) -> dict[str, An
     return header
 
 
-def run(args: argparse.Namespace, saved: dict[str, Any] | None, processes: Processes) -> None:
-    torch.manual_seed(args.seed + 1_000_003 * processes.rank)  # the processes differ in dropout; parameters are the first one's
-    try:
-        model = Classifier(args)
-    except ValueError as error:  # a size or a number that RIM refuses
-        sys.exit(f"error: {error}")
+def prepare(args: argparse.Namespace, processes: Processes) -> tuple[Task, Model]:
     if not processes.first:
         processes.wait()  # for the first one to have downloaded what is to be downloaded
-    train, test = data.load(args.data_dir)
+    try:
+        task = TASKS[args.task](args)
+        torch.manual_seed(args.seed + 1_000_003 * processes.rank)  # they differ in dropout; parameters are the first one's
+        model = Model(args, task)
+    except DataError:
+        raise
+    except ValueError as error:  # a size or a number that RIM or the task refuses
+        sys.exit(f"error: {error}")
     if processes.first:
         processes.wait()
-    header = describe(args, model, train, test, processes)
+    return task, model
+
+
+def run(args: argparse.Namespace, saved: dict[str, Any] | None, processes: Processes) -> None:
+    task, model = prepare(args, processes)
+    header = describe(args, model, task, processes)
     check_log_dir(args, header, saved)
     if saved and args.train:
         header = go_on(saved["header"], header, len(saved["metrics"]))
-    trainer = Trainer(args, header, model, train, test, processes)
+    trainer = Trainer(args, header, model, task, processes)
     say = print if processes.first else lambda *_: None
-    say(f"{args.model}({model.rnn.extra_repr()}), {header['parameters']} parameters, {header['device']}")
-    say(f"{len(train.labels)} digits to train, {len(test.labels)} to test")
+    say(f"{args.task}: {args.model}({model.rnn.extra_repr()}), {header['parameters']} parameters, {header['device']}")
     if saved and args.train:
         trainer.load_state(saved)
         say(f"going on after {len(trainer.metrics)} epochs and {trainer.progress['batch']} batches")
     elif saved:
-        trainer.load_model(saved)
+        trainer.load_evaluated(saved)
     processes.wait()  # all have looked at log_dir, now the first one may write
-    if args.train:
-        Path(args.log_dir).mkdir(parents=True, exist_ok=True)
-        trainer.fit()
-        metrics, results = trainer.metrics, trainer.metrics[-1]
-    else:
-        metrics, results = saved["metrics"], trainer.evaluate()
-    if processes.first:
-        folder = Path(args.log_dir)
-        print(report.table(args.model, results))
-        if metrics:
-            report.draw_curves(folder / report.CURVES, header, metrics)
-        if args.model == "RIM":
-            report.draw_units(folder / report.UNITS, model, test, args.size, args.input_size)
-        print(f"log, checkpoint and pictures are in {folder}")
+    folder = Path(args.log_dir)
+    if not args.train:
+        finish(folder, trainer, saved["header"], saved["metrics"], trainer.evaluate())
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.locked(folder) if processes.first else nullcontext():
+        with asked_to_stop(trainer.stop):
+            trainer.fit()
+        trainer.load_evaluated(trainer.state())
+        finish(folder, trainer, header, trainer.metrics, report.chosen(trainer.metrics))
+
+
+def finish(
+    folder: Path, trainer: Trainer, header: dict[str, Any], metrics: list[dict[str, Any]], results: dict[str, Any]
+) -> None:
+    """A table of `results`, and the pictures of the run."""
+    if not trainer.processes.first:
+        return
+    print(report.table(header, results))
+    if header["arguments"]["model"] == "RIM":
+        report.draw_units(folder, trainer.task, trainer.evaluated)
+    if metrics:
+        report.draw_curves(folder / report.CURVES, header, metrics)
+    print(f"log, checkpoint and pictures are in {folder}")
 
 
 def main() -> None:
@@ -138,8 +156,10 @@ def main() -> None:
             run(args, saved, processes)
         finally:
             processes.close()
-    except (data.DataError, checkpoint.CheckpointError, TrainingError) as error:
+    except (DataError, checkpoint.CheckpointError, TrainingError) as error:
         sys.exit(f"error: {error}")
+    except Stopped:
+        sys.exit(f"stopped; --loadsaved --log_dir {args.log_dir} goes on")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,46 @@
+"""A recurrent layer between an embedding, where one is asked for, and a linear read-out of its last outputs."""
+
+from argparse import Namespace
+
+from tasks import Task
+from torch import Tensor, nn
+
+from rim_rnn import RIM
+
+RIM_ARGUMENTS = (
+    "num_units",
+    "k",
+    "rnn_cell",
+    "key_size_input",
+    "value_size_input",
+    "query_size_input",
+    "num_input_heads",
+    "input_dropout",
+    "key_size_comm",
+    "value_size_comm",
+    "query_size_comm",
+    "num_comm_heads",
+    "comm_dropout",
+    "comm_bounded",
+)
+MODEL_ARGUMENTS = ("model", "input_size", "embed", "hidden_size", *RIM_ARGUMENTS)
+
+
+class Model(nn.Module):
+    """Sequences `(N, steps, input_size)` in, what is read out `(N, read_steps, outputs)` out."""
+
+    def __init__(self, args: Namespace, task: Task) -> None:
+        super().__init__()
+        self.read_steps = task.read_steps
+        self.embed = nn.Linear(task.input_size, args.embed) if args.embed else nn.Identity()
+        input_size = args.embed or task.input_size
+        if args.model == "RIM":
+            given = {name: getattr(args, name) for name in RIM_ARGUMENTS if getattr(args, name) is not None}
+            self.rnn = RIM(input_size, args.hidden_size, batch_first=True, **given)
+        else:
+            self.rnn = nn.LSTM(input_size, args.hidden_size, batch_first=True)
+        self.readout = nn.Linear(args.hidden_size, task.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, _ = self.rnn(self.embed(x))
+        return self.readout(output[:, -self.read_steps :])

@@ -1,0 +1,228 @@
+"""Turns the logs of a study into tables and pictures, at any moment: what is not finished is marked.
+
+    python study_report.py study.toml        # from runs/study, into the same folder
+
+For each task: a table of each measure; the first measure against size and over the epochs; how often each unit was active
+where. Nothing but the logs is read, `metrics.jsonl` and `activity.json` of each run.
+"""
+
+import json
+import statistics
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from report import ACTIVITY, FAINT, STYLE, chosen, draw_guess, markdown
+from study import Row, StudyError, build_parser, parse
+from tasks import TASKS, Task
+from tasks.task import Measure
+
+TABLE = "table.md"
+NOTE = """\
+Mean ± standard deviation over seeds. The chosen epoch is the best one on the validation examples, which are of the size of
+training and not trained on; no test example chooses anything. Times are wall time per run, with evaluation.
+"""
+
+
+class Run(NamedTuple):
+    """What a run has logged."""
+
+    row: Row
+    seed: int
+    epochs: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> bool:
+        return len(self.epochs) >= self.row.arguments.epochs
+
+    @property
+    def seconds(self) -> float:
+        return sum(line["seconds"] + line["evaluation_seconds"] for line in self.epochs)
+
+
+class Group(NamedTuple):
+    """The runs of a row that are finished, or those that are not."""
+
+    name: str
+    runs: list[Run]
+    finished: bool
+
+
+def collect(rows: list[Row], folder: Path) -> list[Group]:
+    """For each row its finished runs, then its unfinished ones, then those without an epoch, where there are any."""
+    groups = []
+    for row in rows:
+        runs = [Run(row, seed, row.epochs(folder, seed)[1:]) for seed in row.seeds]
+        done = [run for run in runs if run.finished]
+        begun = [run for run in runs if run.epochs and not run.finished]
+        rest = [run for run in runs if not run.epochs]
+        groups += [Group(row.name, done, True)] * bool(done)
+        groups += [Group(f"{row.name}, *unfinished*", begun, False)] * bool(begun)
+        groups += [Group(f"{row.name}, *no epoch yet*", rest, False)] * bool(rest)
+    return groups
+
+
+def spread(values: list[float], measure: Measure) -> str:
+    mean = measure.show(statistics.fmean(values))
+    return f"{mean} ± {measure.show(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
+
+
+def test_sizes(groups: list[Group]) -> list[int]:
+    return sorted({size for group in groups for run in group.runs for size in run.row.arguments.eval_sizes})
+
+
+def table(task: type[Task], groups: list[Group], name: str) -> str:
+    """One measure: two lines for each group of runs, the chosen epoch and the last one, or the last one alone."""
+    measure, sizes = task.measures[name], test_sizes(groups)
+    rows = [[measure.title, "seeds", "epoch", "validation", *map(task.label, sizes), "time"]]
+    for group in groups:
+        runs, seeds = group.runs, ", ".join(str(run.seed) for run in group.runs)
+        if not runs[0].epochs:
+            rows.append([group.name, seeds, *[""] * (len(sizes) + 3)])
+            continue
+        kinds = {"last": [run.epochs[-1] for run in runs]}
+        if runs[0].row.arguments.valid:
+            kinds = {"chosen": [chosen(run.epochs) for run in runs]} | kinds
+        time = duration(statistics.fmean(run.seconds for run in runs))
+        for kind, lines in kinds.items():
+            epochs = f"{kind}: {', '.join(str(line['epoch']) for line in lines)}"
+            epochs += f" of {runs[0].row.arguments.epochs}" * (not group.finished)
+            rows.append([group.name, seeds, epochs, *cells(lines, name, sizes, measure), time])
+    lines = [run.epochs[-1] for group in groups for run in group.runs if run.epochs]
+    if name == "loss" and "constant" in task.measures and lines:
+        rows.append([task.guess[0], "", "", *cells(lines[:1], "constant", sizes, measure), ""])
+    return markdown(rows)
+
+
+def cells(lines: list[dict[str, Any]], name: str, sizes: list[int], measure: Measure) -> list[str]:
+    """What `lines` say of a measure, on the validation examples and at each size; nothing where one of them says nothing."""
+    columns = [[line.get(f"valid_{name}") for line in lines]]
+    columns += [[line[f"test_{name}"].get(str(size)) for line in lines] for size in sizes]
+    return ["" if None in values else spread(values, measure) for values in columns]
+
+
+def curves(group: Group, pick: Any, factor: float) -> np.ndarray:
+    """What `pick` takes from a line, `(runs, epochs)`, as far as all runs of the group have come."""
+    shortest = min(len(run.epochs) for run in group.runs)
+    return factor * np.array([[pick(line) for line in run.epochs[:shortest]] for run in group.runs])
+
+
+def draw_band(axis: Any, x: list[int], values: np.ndarray, group: Group, color: Any) -> None:
+    mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+    label = f"{group.name.replace('*', '')} ({len(values)})"
+    axis.plot(x, mean, color=color, ls="-" if group.finished else "--", marker="." if len(x) < 10 else None, label=label)
+    axis.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
+
+
+def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
+    """The first measure against the size, of the chosen epochs; and over the epochs, at each size."""
+    name, measure = next(iter(task.measures.items()))
+    sizes, shades = test_sizes(groups), plt.get_cmap("tab10" if len(groups) <= 10 else "tab20")
+    panels: list[tuple[str, Any]] = []
+    if any(run.row.arguments.valid for group in groups for run in group.runs):
+        panels.append(("validation", lambda line: line.get(f"valid_{name}", np.nan)))
+    panels += [
+        (f"test, {task.label(size)}", lambda line, size=size: line[f"test_{name}"].get(str(size), np.nan)) for size in sizes
+    ]
+    figures = {
+        "curves": plt.subplots(1, len(panels), figsize=(3.4 * len(panels) + 2, 3.6), squeeze=False, layout="constrained"),
+        "sizes": plt.subplots(1, 1, figsize=(7, 4), squeeze=False, layout="constrained"),
+    }
+    against_size = figures["sizes"][1][0, 0]
+    for index, group in enumerate(groups):
+        color = shades(index % shades.N)
+        for axis, (_, pick) in zip(figures["curves"][1][0], panels, strict=True):
+            values = curves(group, pick, measure.factor)
+            draw_band(axis, list(range(1, values.shape[1] + 1)), values, group, color)
+        results = [chosen(run.epochs)[f"test_{name}"] for run in group.runs]
+        values = measure.factor * np.array([[result.get(str(size), np.nan) for size in sizes] for result in results])
+        draw_band(against_size, sizes, values, group, color)
+        for run in values:
+            against_size.plot(sizes, run, ".", color=color, markersize=4)
+    for axis, (title, _) in zip(figures["curves"][1][0], panels, strict=True):
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    against_size.set(title="test", xlabel=task.size_title, xticks=sizes)
+    for kind, (figure, axes) in figures.items():
+        for axis in axes[0]:
+            draw_guess(axis, task)
+            axis.set_ylim((0, 100) if name == "accuracy" else (0, None))
+            axis.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        axes[0, 0].set_ylabel(measure.title)
+        axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
+        if kind == "curves" or sizes:
+            figure.savefig(folder / f"{kind}.png")
+        plt.close(figure)
+
+
+def draw_activity(folder: Path, task: type[Task], runs: list[tuple[Run, dict[str, Any]]]) -> None:
+    """For the first run of each RIM that there is, how often each unit was active at each place."""
+    pictures = [task.places(torch.tensor(content["active"]), run.row.arguments).numpy() for run, content in runs]
+    height = 1.3 if pictures[0].shape[1] > 1 else 0.5
+    figure, axes = plt.subplots(
+        len(runs), max(map(len, pictures)), figsize=(1.2 * max(map(len, pictures)) + 1.5, height * len(runs) + 0.8),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for row, ((run, content), units) in enumerate(zip(runs, pictures, strict=True)):
+        for column, axis in enumerate(axes[row]):
+            axis.set(xticks=[], yticks=[])
+            if column >= len(units):
+                axis.set_axis_off()
+                continue
+            image = axis.imshow(units[column], vmin=0, vmax=1, cmap="magma", aspect="equal" if units.shape[1] > 1 else "auto")
+            axis.set_title(f"{np.mean(content['active'][column]):.0%}", fontsize=7, color=FAINT, loc="center")
+        label = f"{run.row.name}\nseed {run.seed}" + "\nunfinished" * (not run.finished)
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    figure.suptitle("how often each unit was active", x=0.01, ha="left")
+    figure.colorbar(image, ax=axes, shrink=0.6)
+    figure.savefig(folder / "units.png")
+    plt.close(figure)
+
+
+def write(args: Namespace, rows: list[Row]) -> str:
+    """Draws the pictures, and returns the tables."""
+    parts = [NOTE]
+    for task_name in dict.fromkeys(row.task for row in rows):
+        task, mine = TASKS[task_name], [row for row in rows if row.task == task_name]
+        groups = collect(mine, args.runs)
+        begun = [group for group in groups if group.runs[0].epochs]
+        parts += [f"## {task_name}\n", *(table(task, groups, name) + "\n" for name in task.measures if name != "constant")]
+        if not begun:
+            continue
+        folder = args.runs / task_name
+        with plt.rc_context(STYLE):
+            draw_lines(folder, task, begun)
+            active: dict[str, tuple[Run, dict[str, Any]]] = {}
+            for run in (run for group in begun for run in group.runs):
+                log = run.row.log_dir(args.runs, run.seed) / ACTIVITY
+                if log.exists():
+                    active.setdefault(run.row.name, (run, json.loads(log.read_text())))
+            if active:
+                draw_activity(folder, task, list(active.values()))
+        names = [name for name in ("sizes", "curves", "units") if (folder / f"{name}.png").exists()]
+        parts += [f"![{name}]({task_name}/{name}.png)\n" for name in names]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    try:
+        args, rows = parse(build_parser(__doc__))
+        text = write(args, rows)
+    except StudyError as error:
+        sys.exit(f"error: {error}")
+    print(text)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    (args.runs / TABLE).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The training loop. All that the rest of a run depends on is in `Trainer.state`, so that it can stop and go on anywhere."""
+
+import copy
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import torch
+from processes import Processes
+from tasks import Task
+from tasks.task import Examples
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # TensorBoard is not installed
+    SummaryWriter = None
+
+EVALUATION_BATCH = 256
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong; the message says where."""
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, and has saved its state."""
+
+
+class Trainer:
+    """Trains `model` on `task` and evaluates it after each epoch, with a log and checkpoints in `args.log_dir`.
+
+    `header` says what runs. It is the first line of the log.
+    """
+
+    def __init__(self, args: Namespace, header: dict[str, Any], model: nn.Module, task: Task, processes: Processes) -> None:
+        self.args, self.header, self.processes = args, header, processes
+        self.model, self.task = model.to(processes.device), task
+        self.log_dir = Path(args.log_dir)
+        self.parallel = processes.parallel(model)
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+        self.batches = math.ceil(task.examples / args.batch_size)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        self.scheduler = LambdaLR(self.optimizer, schedule(args.lr_schedule, args.epochs * self.batches, args.warmup_steps))
+        self.order = torch.Generator().manual_seed(args.seed)
+        self.metrics: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.stopping = False
+        self.begin_epoch()
+
+    def stop(self) -> None:
+        """Asks the run to save its state after this batch and raise `Stopped`; asked twice, it ends at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated: the averaged one where weights are averaged."""
+        return self.average.module if self.average else self.model
+
+    def begin_epoch(self) -> None:
+        self.order_state = self.order.get_state()  # from it, the order of the epoch's examples can be drawn once more
+        sums = dict.fromkeys(self.task.measures, 0.0)
+        self.progress = {"epoch": len(self.metrics), "batch": 0, "sums": sums, "seconds": 0.0}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds. To be called in all processes at once."""
+        cuda = torch.cuda.get_rng_state() if self.processes.device.type == "cuda" else None
+        return {
+            "header": self.header,
+            "metrics": self.metrics,
+            "progress": self.progress,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generators": {
+                "order": self.order_state,
+                "cpu": self.processes.gather(torch.get_rng_state()),
+                "cuda": self.processes.gather(cuda),
+            },
+        }
+
+    def load_evaluated(self, saved: dict[str, Any]) -> None:
+        """Takes the weights of the chosen epoch, or else the last ones, into the model that is evaluated; nothing else."""
+        part, model = ("average", self.average) if self.average else ("model", self.model)
+        weights = saved[part]
+        if saved["best"]:
+            part, model, weights = "best.model", self.evaluated, saved["best"].get("model")
+        self.check(model.state_dict(), weights, part)
+        model.load_state_dict(weights)
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        """Goes on where `saved` was, once all of it is known to fit."""
+        expected = self.state() | {"header": saved["header"], "metrics": saved["metrics"]}
+        position = saved["progress"]
+        if position.get("epoch") or position.get("batch"):  # Adam has moments from the first step on
+            moments = [{name: p.detach() for name in ("exp_avg", "exp_avg_sq")} for p in self.model.parameters()]
+            expected["optimizer"]["state"] = {i: {"step": torch.tensor(0.0), **m} for i, m in enumerate(moments)}
+        if self.args.valid and saved["metrics"]:
+            expected["best"] = {"epoch": 0, "score": 0.0, "model": self.model.state_dict()}
+        self.check(expected, saved)
+        if position["epoch"] != len(saved["metrics"]) or not 0 <= position["batch"] <= self.batches:
+            self.refuse(
+                f"progress {position} does not fit {len(saved['metrics'])} epochs in the log, {self.batches} batches each"
+            )
+        self.model.load_state_dict(saved["model"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        try:
+            self.order.set_state(saved["generators"]["order"])
+            torch.set_rng_state(saved["generators"]["cpu"][self.processes.rank])
+            if self.processes.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["generators"]["cuda"][self.processes.rank])
+        except RuntimeError as error:
+            self.refuse(f"generators: {error}")
+        self.metrics, self.best = saved["metrics"], saved["best"]
+        self.begin_epoch()
+        self.progress = position
+
+    def check(self, expected: Any, found: Any, name: str = "") -> None:
+        for difference in checkpoint.differences(expected, found, name):
+            self.refuse(difference)
+
+    def refuse(self, reason: str) -> None:
+        raise checkpoint.CheckpointError(f"{self.log_dir / checkpoint.CHECKPOINT}: {reason}")
+
+    def save(self) -> None:
+        state = self.state()
+        if self.processes.first:
+            checkpoint.save(self.log_dir, state)
+
+    def fit(self) -> None:
+        """All epochs that are left."""
+        self.save()
+        if self.processes.first:
+            checkpoint.write_metrics(self.log_dir, [self.header, *self.metrics])
+        board = None
+        if SummaryWriter and self.processes.first and len(self.metrics) < self.args.epochs:
+            board = SummaryWriter(self.log_dir / "tensorboard", purge_step=len(self.metrics) + 1)
+        while len(self.metrics) < self.args.epochs:
+            self.train_epoch()
+            began = time.monotonic()
+            line = {
+                "epoch": len(self.metrics) + 1,
+                **{f"train_{name}": value / self.task.examples for name, value in self.progress["sums"].items()},
+                **self.evaluate(),
+                "seconds": round(self.progress["seconds"], 2),
+                "evaluation_seconds": round(time.monotonic() - began, 2),
+            }
+            if self.args.valid:
+                self.choose(line)
+                line["chosen"] = self.best["epoch"]
+            self.metrics.append(line)
+            self.begin_epoch()
+            if self.processes.first:
+                checkpoint.append_metrics(self.log_dir, line)
+                print(summary(line, self.task, self.args.epochs), flush=True)
+            if board:
+                write_scalars(board, line)
+            self.save()
+        if board:
+            board.close()
+
+    def choose(self, line: dict[str, Any]) -> None:
+        """Keeps the weights of this epoch where none before was better on the validation examples."""
+        name = next(iter(self.task.measures))
+        score = line[f"valid_{name}"] * (1 if name == "accuracy" else -1)
+        if not self.best or score > self.best["score"]:
+            self.best = {"epoch": line["epoch"], "score": score, "model": copy.deepcopy(self.evaluated.state_dict())}
+
+    def train_epoch(self) -> None:
+        """What is left of an epoch."""
+        progress, batch_size = self.progress, self.args.batch_size
+        examples = self.task.train(progress["epoch"])
+        order = torch.randperm(self.task.examples, generator=self.order)
+        saved = time.monotonic()
+        began = saved - progress["seconds"]
+        self.parallel.train()
+        with self.bar(f"epoch {progress['epoch'] + 1}/{self.args.epochs}", self.batches, progress["batch"]) as bar:
+            for rows in order.split(batch_size)[progress["batch"] :]:
+                due = self.processes.first and time.monotonic() - saved >= 60 * self.args.checkpoint_minutes
+                *sums, due, stop = self.processes.sum(*self.step(examples, rows), due, self.stopping)
+                progress["batch"] += 1
+                for name, value in zip(self.task.measures, sums, strict=True):
+                    progress["sums"][name] += value
+                progress["seconds"] = time.monotonic() - began
+                loss = sums[list(self.task.measures).index("loss")]
+                if not math.isfinite(loss):
+                    where = f"epoch {progress['epoch'] + 1}, batch {progress['batch']}"
+                    raise TrainingError(f"the loss is {loss} at {where}; try a smaller --lr than {self.args.lr}")
+                bar.set_postfix_str(f"loss {loss / len(rows):.3f}", refresh=False)
+                bar.update()
+                if due or stop:
+                    self.save()
+                    saved = time.monotonic()
+                if stop:
+                    raise Stopped
+
+    def step(self, examples: Examples, rows: Tensor) -> list[float]:
+        """One step down the mean loss of `rows`; of this process's share, the sum of each measure."""
+        mine = rows[self.processes.rank :: self.processes.count]
+        inputs, targets = (part[mine].to(self.processes.device) for part in examples)
+        measures = self.task.measure(self.parallel(inputs), targets)
+        self.optimizer.zero_grad()
+        # gradients are averaged over the processes, not summed
+        (measures["loss"].sum() * self.processes.count / len(rows)).backward()
+        if self.args.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        return [measures[name].sum().item() for name in self.task.measures]
+
+    def evaluate(self) -> dict[str, Any]:
+        """Each measure on the validation examples, and on the test examples at each of `args.eval_sizes`."""
+        result: dict[str, Any] = {}
+        if self.args.valid:
+            result |= {f"valid_{name}": value for name, value in self.measure(self.task.valid(), "validation").items()}
+        result |= {f"test_{name}": {} for name in self.task.measures}
+        for size in self.args.eval_sizes:
+            for name, value in self.measure(self.task.test(size), f"test {self.task.label(size)}").items():
+                result[f"test_{name}"][str(size)] = value
+        return result
+
+    @torch.no_grad()
+    def measure(self, examples: Examples, title: str) -> dict[str, float]:
+        """The mean of each measure."""
+        count, sums = len(examples.targets), dict.fromkeys(self.task.measures, 0.0)
+        mine = torch.arange(self.processes.rank, count, self.processes.count)
+        self.evaluated.eval()
+        with self.bar(title, math.ceil(len(mine) / EVALUATION_BATCH)) as bar:
+            for rows in mine.split(EVALUATION_BATCH):
+                inputs, targets = (part[rows].to(self.processes.device) for part in examples)
+                for name, values in self.task.measure(self.evaluated(inputs), targets).items():
+                    sums[name] += values.sum().item()
+                bar.update()
+                if self.stopping and self.processes.count == 1:  # several would have to agree on the batch
+                    self.save()
+                    raise Stopped
+        totals = self.processes.sum(*sums.values())
+        return {name: total / count for name, total in zip(sums, totals, strict=True)}
+
+    def bar(self, title: str, total: int, done: int = 0) -> tqdm:
+        """A progress bar, in the first process only and only on a terminal."""
+        return tqdm(desc=title, total=total, initial=done, leave=False, disable=None if self.processes.first else True)
+
+
+def schedule(name: str, steps: int, warmup_steps: int = 0) -> Callable[[int], float]:
+    """The factor on `lr` at a step of `steps` in the whole run.
+
+    constant: 1. cosine: half a cosine from 1 down to 0. one-cycle: half a cosine up from 1/25 to 1 in the first 30 %, then
+    another one down to 0. Over the first `warmup_steps`, all that times a straight line up to 1.
+    """
+
+    def fall(share: float) -> float:
+        return (1 + math.cos(math.pi * share)) / 2
+
+    def factor(step: int) -> float:
+        share = step / steps
+        if name == "constant":
+            return 1.0
+        if name == "cosine":
+            return fall(share)
+        return fall((share - 0.3) / 0.7) if share >= 0.3 else 1 - 0.96 * fall(share / 0.3)
+
+    return lambda step: factor(step) * min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def summary(line: dict[str, Any], task: Task, epochs: int) -> str:
+    name, measure = next(iter(task.measures.items()))
+    parts = [f"epoch {line['epoch']}/{epochs}", f"train loss {line['train_loss']:.3f}", measure.title]
+    if f"valid_{name}" in line:
+        parts.append(f"validation {measure.show(line[f'valid_{name}'])}")
+    parts += [f"test {task.label(size)} {measure.show(value)}" for size, value in line[f"test_{name}"].items()]
+    return "  ".join([*parts, f"{line['seconds']:.0f} s"])
+
+
+def write_scalars(board: Any, line: dict[str, Any]) -> None:
+    for name, value in line.items():
+        for tag, scalar in value.items() if isinstance(value, dict) else [("", value)]:
+            board.add_scalar(f"{name}/{tag}".rstrip("/"), scalar, line["epoch"])
+    board.flush()
