@@ -1,6 +1,12 @@
 """Sphinx: `python -m sphinx -W -n -b html docs docs/_build/html`, and `-b doctest` for the examples."""
 
+import sys
+from pathlib import Path
+
 import rim_rnn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import reliability
 
 project = "rim-rnn"
 author = "The rim-rnn authors"
@@ -49,3 +55,13 @@ html_theme_options = {
     "source_branch": "main",
     "source_directory": "docs/",
 }
+
+
+def setup(app):
+    """The tables of one page are made when it is read, which is whenever the pages are built."""
+
+    def read(app, page, source):
+        source[0] = reliability.fill(source[0]) if page == "reliability" else source[0]
+
+    app.connect("source-read", read)
+    app.connect("env-get-outdated", lambda *_: ["reliability"])

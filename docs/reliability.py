@@ -1,0 +1,95 @@
+"""The tables of reliability.md, counted from tests/ and read from the logs in tests/results/ whenever the pages are built."""
+
+import ast
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent.parent / "tests"
+OUTCOMES = ("equal", "refused", "stricter", "near tie", "failed")
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    """In Markdown, columns after the first to the right if they hold numbers."""
+    right = [i > 0 and all(isinstance(row[i], int) for row in rows) for i in range(len(header))]
+    lines = [header, ["---:" if r else "---" for r in right]]
+    lines += [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def tests() -> str:
+    """How many test functions each file has, and its first sentence."""
+    rows: list[list[object]] = []
+    for path in sorted(TESTS.glob("test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+        first = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
+        rows.append([f"`{path.name}`", len(found), first.replace("|", r"\|")])
+    total = sum(int(str(row[1])) for row in rows)
+    return table(["file", "tests", "what it holds"], [*rows, ["together", total, ""]])
+
+
+def mutants() -> str:
+    """How many ways to break each file are tried."""
+    spec: Any = importlib.util.spec_from_file_location("mutants", TESTS / "mutants.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    counts = Counter(mutant.file for mutant in module.MUTANTS)
+    return table(["file", "mutants"], [*([f"`{name}`", n] for name, n in counts.items()), ["together", counts.total()]])
+
+
+def hostile() -> str:
+    """How the cases of the last run that was kept ended."""
+    path = TESTS / "results" / "hostile.json"
+    if not path.exists():
+        return "*No log of a run is kept yet.*"
+    log = json.loads(path.read_text(encoding="utf-8"))
+    kinds = {**log["kinds"], "together": sum(map(Counter, log["kinds"].values()), Counter())}
+    rows = [[name.replace("_", " "), *(outcomes.get(o, 0) for o in OUTCOMES)] for name, outcomes in kinds.items()]
+    paths = ", ".join(f"{n:,} {name}" for name, n in log["paths"].items())
+    return f"{table(['kind of case', *OUTCOMES], rows)}\n\nCalls by path: {paths}. {origin(log)}"
+
+
+def soak() -> str:
+    """What the last run that was kept says of memory and graphs."""
+    path = TESTS / "results" / "soak.jsonl"
+    if not path.exists():
+        return "*No log of a run is kept yet.*"
+    log, *samples, end = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    if "passed" not in end:
+        return "*The log that is kept has no verdict.*"
+    rows: list[list[object]] = [
+        ["time", f"{end['seconds'] / 60:.0f} minutes"],
+        ["steps of training", f"{end['steps']:,}"],
+        ["memory in use, least and most after the first quarter", memory(samples, end["seconds"] / 4)],
+        ["growth, by the line fitted to it", f"{end['growth'] / 2**20:.1f} MiB"],
+        ["compiled graphs", f"{end['graphs']}, {end['graphs_in_second_half']} of them in the second half"],
+        ["passed", "yes" if end["passed"] else "no"],
+    ]
+    return f"{table(['what', 'result'], rows)}\n\n{origin(log)}"
+
+
+def memory(samples: list[dict[str, Any]], begin: float) -> str:
+    sizes = [sample["resident"] / 2**20 for sample in samples if sample["seconds"] >= begin]
+    return f"{min(sizes):.0f} and {max(sizes):.0f} MiB"
+
+
+def origin(log: dict[str, Any]) -> str:
+    """Of what and where a log is."""
+    took = f", {log['seconds']:,.0f} s" if "seconds" in log else ""
+    return (
+        f"`{log['command']}`, {log['date'][:10]}, commit {str(log['commit'])[:12]}, native operator: {log['native']}, "
+        f"torch {log['torch']}, Python {log['python']}, {log['cpu']}, {log['cores']} cores, {log['system']}{took}."
+    )
+
+
+TABLES = {f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, hostile, soak)}
+
+
+def fill(text: str) -> str:
+    """A page with its tables."""
+    for place, make in TABLES.items():
+        text = text.replace(place, make())
+    return text
