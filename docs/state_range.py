@@ -70,6 +70,7 @@ def draw(runs: list[dict]) -> None:
         (True, 1): "bounded, the same weights",
     }.items():
         both[0].plot([], [], color=COLOURS[bounded], lw=1.1, ls="-" if scale > 1 else (0, (2, 2)), label=words)
+    figure.get_layout_engine().set(wspace=0.06)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(HERE / "_static" / "state_range.svg", transparent=True, metadata={"Date": None})
 
