@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,10 @@ TABLES = {f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, 
 
 
 def fill(text: str) -> str:
-    """A page with its tables."""
+    """The page with its tables; an error if it names a file that is not there."""
+    missing = [name for name in re.findall(r"`(?:tests/)?(\w+\.(?:py|sh))`", text) if not (TESTS / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"reliability.md names {', '.join(missing)}")
     for place, make in TABLES.items():
         text = text.replace(place, make())
     return text
