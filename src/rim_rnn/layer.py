@@ -434,7 +434,7 @@ class RIM(nn.Module, Generic[StateT]):
         if transposed:
             x = x.transpose(0, 1)
         # What users of nn.LSTM and nn.GRU may change in place, or detach, is neither needed by backward nor a view.
-        changeable = self.mode == "GRU" or x.dtype == torch.float64 or batch_sizes is not None
+        changeable = self.mode == "GRU" or self.proj_size > 0 or x.dtype == torch.float64 or batch_sizes is not None
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         if (changeable and (x.requires_grad or traced) and not self.bidirectional) or (transposed and self.mode == "GRU"):
             x = x.clone()
