@@ -118,7 +118,17 @@ def nothing(result: Any) -> Any:
 
 
 negate = first(torch.neg)
+double = first(lambda t: 2 * t)
 double_gradient = first(lambda t: 2 * t - t.detach())
+
+
+def double_all(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else 2 * g for g in grads)
+
+
+def double_gradients(result: Any) -> Any:
+    """Of all parts of a result."""
+    return tuple(map(double_gradient, result)) if isinstance(result, tuple) else double_gradient(result)
 
 
 class Equations:
@@ -426,18 +436,17 @@ def test_a_method_of_a_stage_beside_a_hook(name: str, how: Callable[..., list[st
 def test_forward_hooks(path: str, place: Place, rnn_cell: str) -> None:
     """Before and after each step, with what a module takes and gives; one that returns nothing changes nothing."""
     module, plain, calls = place.make(rnn_cell), place.make(rnn_cell), []
-    hooked = at(module, path)
-    handles = [hooked.register_forward_pre_hook(lambda *_: calls.append("before"))]
-    handles.append(hooked.register_forward_hook(lambda *_: calls.append("after")))
+    at(module, path).register_forward_pre_hook(lambda *_: calls.append("before"))
+    at(module, path).register_forward_hook(lambda *_: calls.append("after"))
     assert_same(results(place, module), results(place, plain))
     assert calls == ["before", "after"] * place.steps
 
     word = word_for(place, path, "a hook is registered in {}")
-    handles[0] = hooked.register_forward_pre_hook(lambda _, args: negate(args))
-    assert_heard(place, module, plain, by_hand(path, before=negate), word)
-    handles[0].remove()
-    hooked.register_forward_hook(lambda _, args, result: negate(result))
-    assert_heard(place, module, plain, by_hand(path, after=negate), word)
+    before, after = place.make(rnn_cell), place.make(rnn_cell)
+    at(before, path).register_forward_pre_hook(lambda _, args: negate(args))
+    assert_heard(place, before, plain, by_hand(path, before=negate), word)
+    at(after, path).register_forward_hook(lambda _, args, result: negate(result))
+    assert_heard(place, after, plain, by_hand(path, after=negate), word)
 
 
 @places
@@ -446,15 +455,17 @@ def test_forward_hooks(path: str, place: Place, rnn_cell: str) -> None:
 def test_backward_hooks(path: str, place: Place, rnn_cell: str) -> None:
     """At each step as well; a gradient that one returns goes on in the place of that which it was given."""
     module, plain, calls = place.make(rnn_cell), place.make(rnn_cell), []
-    hooked = at(module, path)
-    hooked.register_full_backward_pre_hook(lambda *_: calls.append("before"))
-    hooked.register_full_backward_hook(lambda *_: calls.append("after"))
+    at(module, path).register_full_backward_pre_hook(lambda *_: calls.append("before"))
+    at(module, path).register_full_backward_hook(lambda *_: calls.append("after"))
     assert_same(results(place, module), results(place, plain))
     assert sorted(calls) == sorted(["before", "after"] * place.steps)
 
-    hooked.register_full_backward_hook(lambda _, grad_input, grad_output: (2 * grad_input[0], *grad_input[1:]))
     word = word_for(place, path, "a hook is registered in {}")
-    assert_heard(place, module, plain, by_hand(path, before=double_gradient), word)
+    before, after = place.make(rnn_cell), place.make(rnn_cell)
+    at(after, path).register_full_backward_hook(lambda _, grad_input, grad_output: double(grad_input))
+    assert_heard(place, after, plain, by_hand(path, before=double_gradient), word)
+    at(before, path).register_full_backward_pre_hook(lambda _, grad_output: double_all(grad_output))
+    assert_heard(place, before, plain, by_hand(path, after=double_gradients), word)
 
 
 @contextmanager
