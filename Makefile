@@ -16,16 +16,21 @@ $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py src/rim_rnn/cs
 	python -c 'import torch, rim_rnn; print("path of a RIM on this CPU:", rim_rnn.RIM(1, 600).path(torch.zeros(1, 1, 1)))'
 	touch $@
 
+$(VENV)/tools: $(VENV)/ready
+	$(PIP) --no-build-isolation --editable '.[tools]'
+	touch $@
+
 demo: setup
 	python examples/study/train.py --data_dir examples/study/digits --hidden_size 120 --input_size 4 \
 	    --input_dropout 0 --comm_dropout 0 --lr 3e-3 --lr_schedule cosine --epochs 20 --log_dir runs/demo --loadsaved
 
-check: setup docs
+check: setup $(VENV)/tools docs
 	ruff format --check
 	ruff check
 	mypy
-	RIM_RNN_NATIVE=0 python -m pytest --quiet
-	python -m pytest
+	RIM_RNN_NATIVE=0 python -m pytest --quiet -n auto -m 'not tools'
+	python -m pytest --quiet -n auto -m tools
+	python -m pytest -n auto -m 'not tools'
 
 docs: setup
 	python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html

@@ -33,15 +33,15 @@ class Mutant(NamedTuple):
 
 
 ATTENTION, DYNAMICS, COMMUNICATION = "input_attention.py", "dynamics.py", "communication.py"
-CELL, LAYER, UNITS, RECORDING = "cell.py", "layer.py", "units.py", "recording.py"
+STEP, LAYER, UNITS, RECORDING = "step.py", "layer.py", "units.py", "recording.py"
 
 MUTANTS = [
     # How a state is divided
     Mutant(
         "units own interleaved features instead of contiguous blocks",
         UNITS,
-        "return state.view(state.size(0), num_units, state.size(1) // num_units).transpose(0, 1)",
-        "return state.view(state.size(0), state.size(1) // num_units, num_units).permute(2, 0, 1)",
+        "return state.view(state.size(-2), num_units, state.size(-1) // num_units).transpose(0, 1)",
+        "return state.view(state.size(-2), state.size(-1) // num_units, num_units).permute(2, 0, 1)",
     ),
     # Input attention, equation 2
     Mutant(
@@ -53,21 +53,27 @@ MUTANTS = [
     ),
     Mutant(
         "the null row's value goes through the biased projection",
-        CELL,
-        "new = dynamics(gates, state)",
-        "null = dynamics.project(projected.gates.new_zeros(1, self.input_size), input_attention.value)\n"
-        "        null = ((1 - a_input).permute(2, 1, 0).unsqueeze(-1) * null).sum(0).transpose(0, 1)\n"
-        "        new = dynamics(gates + null.to(gates.dtype), state)",
+        STEP,
+        "new = dynamics(a_kept, value, gates, state)",
+        "null = dynamics.project(torch.zeros_like(x), input_attention.value)\n"
+        "        null = ((1 - a_input).to(null.dtype).permute(2, 1, 0)[..., None] * null).sum(0).transpose(0, 1)\n"
+        "        read = dynamics.read(a_kept, dynamics.project(x, input_attention.value))\n"
+        "        new = dynamics.update(read + null, state)",
     ),
-    Mutant("input scores without 1/sqrt(d)", ATTENTION, "bias) / math.sqrt(self.key_size)", "bias)"),
+    Mutant(
+        "input scores without 1/sqrt(d)",
+        ATTENTION,
+        "self._wide(self.key, x) / math.sqrt(self.key_size)",
+        "self._wide(self.key, x)",
+    ),
     Mutant(
         "softmax over the units instead of over null and input", ATTENTION, "torch.sigmoid(score)", "torch.softmax(score, 0)"
     ),
     Mutant(
         "all units ask with the query of the first",
         ATTENTION,
-        "query: Tensor = self.query(h.to(key.dtype))",
-        "query: Tensor = self.query(h.to(key.dtype))[:1].expand(h.size(0), -1, -1)",
+        "query = self._wide(self.query, h)",
+        "query = self._wide(self.query, h)[:1].expand(h.size(0), -1, -1)",
     ),
     Mutant(
         "the read of every head is that of the first head's attention",
@@ -95,7 +101,7 @@ MUTANTS = [
         "return a_input if keep is None else a_input * keep.transpose(0, 1)",
         "return a_input if keep is None else a_input * keep.transpose(0, 1) * (1 - self.dropout)",
     ),
-    Mutant("the attentions' dropouts in eval mode", CELL, "if not self.training:", "if False:"),
+    Mutant("the attentions' dropouts in eval mode", STEP, "if not self.training:", "if False:"),
     Mutant(
         "one draw of input dropout for all units",
         ATTENTION,
@@ -104,9 +110,9 @@ MUTANTS = [
     ),
     Mutant(
         "dropout before the competition",
-        CELL,
+        STEP,
         "compete(score, self.k)",
-        "compete(input_attention.drop(score, projected.keep_input), self.k)",
+        "compete(input_attention.drop(score, keep_input), self.k)",
     ),
     Mutant(
         "communication dropout does not scale",
@@ -128,25 +134,25 @@ MUTANTS = [
         "F.dropout(x, self.dropout, True)",
     ),
     # Competition
-    Mutant("the lowest bids win", ATTENTION, "torch.sort(-bids, dim=0", "torch.sort(bids, dim=0"),
+    Mutant("the lowest bids win", ATTENTION, "higher = bids.unsqueeze(1) > bids", "higher = bids.unsqueeze(1) < bids"),
     Mutant(
         "ties go to the highest unit",
         ATTENTION,
-        "winners = torch.sort(-bids, dim=0, stable=True).indices[:k]",
-        "winners = bids.size(0) - 1 - torch.sort(-bids.flip(0), dim=0, stable=True).indices[:k]",
+        "device=bids.device).triu(1)",
+        "device=bids.device).tril(-1)",
     ),
-    Mutant("NaN wins", ATTENTION, "torch.sort(-bids, dim=0, stable", "torch.sort(bids, dim=0, descending=True, stable"),
+    Mutant("NaN wins", ATTENTION, "bids.isnan(), -math.inf, bids", "bids.isnan(), math.inf, bids"),
     Mutant(
         "NaN ties with -inf",
         ATTENTION,
-        "bids = score.detach().mean(-1)",
-        'bids = score.detach().mean(-1)\n    bids = torch.where(bids.isnan(), float("-inf"), bids)',
+        "bids.clamp(min=lowest)",
+        "bids",
     ),
     Mutant(
         "everyone who ties with the last winner wins",
         ATTENTION,
-        "winners = torch.sort(-bids, dim=0, stable=True).indices[:k]",
-        "return bids >= bids.sort(dim=0, descending=True).values[k - 1]\n    winners = bids",
+        "ahead = (higher & ~first) | (~higher.transpose(0, 1) & first)",
+        "ahead = higher",
     ),
     Mutant("bids are attentions and saturate", ATTENTION, "bids = score.detach()", "bids = torch.sigmoid(score.detach())"),
     Mutant("a bid is the best head's score", ATTENTION, "score.detach().mean(-1)", "score.detach().amax(-1)"),
@@ -174,9 +180,9 @@ MUTANTS = [
     Mutant("no gradient through losers", DYNAMICS, "unsqueeze(-1), after, before)", "unsqueeze(-1), after, before.detach())"),
     Mutant(
         "losers keep h but not c",
-        CELL,
-        "h, *c = dynamics.keep_losers(active, new, state)",
-        "h, *c = (*dynamics.keep_losers(active, new[:1], state[:1]), *new[1:])",
+        STEP,
+        "h, *c = keep_losers(active, new, state)",
+        "h, *c = (*keep_losers(active, new[:1], state[:1]), *new[1:])",
     ),
     Mutant("LSTM gates i and f swapped", DYNAMICS, "i, f, g, o = torch.baddbmm", "f, i, g, o = torch.baddbmm"),
     Mutant("LSTM gates g and o swapped", DYNAMICS, "i, f, g, o = torch.baddbmm", "i, f, o, g = torch.baddbmm"),
@@ -191,12 +197,21 @@ MUTANTS = [
         "n = torch.tanh(x_n + h_n - (h - r * h) @ self.weight_hh.chunk(3, dim=-1)[2])",
     ),
     # Communication, equations 5 and 6
-    Mutant("no residual", COMMUNICATION, "h + self.output(context), h)", "self.output(context), h)"),
+    Mutant("no residual", COMMUNICATION, "h + message, h)", "message, h)"),
+    Mutant("the printed equation in any case", COMMUNICATION, "if self.bounded:", "if False:"),
+    Mutant("bounded in any case", COMMUNICATION, "if self.bounded:", "if True:"),
+    Mutant("a message that is not squashed", COMMUNICATION, "message = torch.tanh(message)", "pass"),
+    Mutant("a squash of another slope", COMMUNICATION, "torch.tanh(message)", "2 * torch.sigmoid(message) - 1"),
+    Mutant("a GRU has room for 1", COMMUNICATION, "torch.relu(1 - h.abs()) * message", "message"),
+    Mutant("an LSTM has the room of a GRU", COMMUNICATION, 'if self.rnn_cell == "GRU":', "if True:"),
+    Mutant("room below 0", COMMUNICATION, "torch.relu(1 - h.abs())", "(1 - h.abs())"),
+    Mutant("room on one side only", COMMUNICATION, "torch.relu(1 - h.abs())", "torch.relu(1 - h)"),
+    Mutant("no gradient through the room", COMMUNICATION, "1 - h.abs())", "1 - h.detach().abs())"),
     Mutant(
         "silent units read",
         COMMUNICATION,
-        "torch.where(active.unsqueeze(-1), h + self.output(context), h)",
-        "h + self.output(context)",
+        "torch.where(active.unsqueeze(-1), h + message, h)",
+        "h + message",
     ),
     Mutant(
         "winners read winners only",
@@ -235,30 +250,30 @@ MUTANTS = [
     ),
     Mutant(
         "communication touches c",
-        CELL,
-        "h, attention = communication(h, active, comm_weight, projected.keep_comm)",
+        STEP,
+        "h, attention = communication(h, active, comm_weight, keep_comm)",
         "before = h\n"
-        "        h, attention = communication(h, active, comm_weight, projected.keep_comm)\n"
+        "        h, attention = communication(h, active, comm_weight, keep_comm)\n"
         "        c = [s + (h - before).mean(-1, keepdim=True) for s in c]",
     ),
     Mutant(
         "communication among the states from before the step",
-        CELL,
-        "h, attention = communication(h, active, comm_weight, projected.keep_comm)",
-        "read, attention = communication(state[0], active, comm_weight, projected.keep_comm)\n        h = h + read - state[0]",
+        STEP,
+        "h, attention = communication(h, active, comm_weight, keep_comm)",
+        "read, attention = communication(state[0], active, comm_weight, keep_comm)\n        h = h + read - state[0]",
     ),
     # Time, directions, layers, packing
-    Mutant("the reverse direction runs forward", CELL, "range(len(sizes) - 1, -1, -1) if reverse else range", "range"),
+    Mutant("the reverse direction runs forward", STEP, "range(len(sizes) - 1, -1, -1) if reverse else range", "range"),
     Mutant(
         "reverse outputs are not flipped back",
-        CELL,
+        STEP,
         "outputs[t] = now[0]",
         "outputs[len(sizes) - 1 - t if reverse else t] = now[0]",
     ),
     Mutant(
-        "packed rows that begin take the first rows' states", CELL, "s_0[:, present : sizes[t]]", "s_0[:, : sizes[t] - present]"
+        "packed rows that begin take the first rows' states", STEP, "s_0[:, present : sizes[t]]", "s_0[:, : sizes[t] - present]"
     ),
-    Mutant("last states of packed rows in the order of their ends", CELL, "*reversed(ended)", "*ended"),
+    Mutant("last states of packed rows in the order of their ends", STEP, "*reversed(ended)", "*ended"),
     Mutant(
         "packed first states stay in the caller's order",
         LAYER,
@@ -276,12 +291,12 @@ MUTANTS = [
     # Records
     Mutant(
         "input attention recorded after dropout",
-        CELL,
+        STEP,
         "Trace(active, a_input, attention)",
-        "Trace(active, input_attention.drop(a_input, projected.keep_input), attention)",
+        "Trace(active, a_kept, attention)",
     ),
-    Mutant("what the reverse direction did, last step first", CELL, "traces[::-1] if reverse else traces", "traces"),
-    Mutant("records keep the graph", CELL, "part.detach() for part in trace", "part for part in trace"),
+    Mutant("what the reverse direction did, last step first", STEP, "traces[::-1] if reverse else traces", "traces"),
+    Mutant("records keep the graph", STEP, "part.detach() for part in trace", "part for part in trace"),
     Mutant(
         "records in the sorted order of a packed batch", RECORDING, "whole = whole.index_select(2, unsorted_indices)", "pass"
     ),

@@ -36,7 +36,7 @@ from torch._dynamo.utils import counters
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from rim_rnn import RIM
-from rim_rnn.opaque import UNROLLED
+from rim_rnn.readable import UNROLLED
 
 MOST_GROWTH = 16 << 20
 INPUT, HIDDEN = 7, 24

@@ -239,6 +239,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         **{"num_units": 3, "k": 2, "key_size_input": 2, "value_size_input": 3, "bias": False},
         **{"num_comm_heads": 2, "key_size_comm": 2, "value_size_comm": 3},
     },
+    "printed": {
+        **{"input_size": 3, "hidden_size": 6, "num_units": 3, "k": 2, "rnn_cell": "GRU", "comm_bounded": False},
+        **{"key_size_input": 2, "value_size_input": 3, "num_comm_heads": 2, "key_size_comm": 2, "value_size_comm": 3},
+    },
     "pickled": {
         **{"input_size": 3, "hidden_size": 6, "batch_first": True, "num_units": 3, "k": 2},
         **{"key_size_input": 2, "value_size_input": 2, "num_comm_heads": 1, "key_size_comm": 2, "value_size_comm": 2},

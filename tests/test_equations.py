@@ -429,10 +429,10 @@ def test_input_dropout_scales_one_draw_per_row_step_unit_and_head() -> None:
 
 def test_comm_dropout_scales_one_draw_per_row_head_reader_and_unit_read() -> None:
     p, heads, n = 0.25, 2, 2
-    rnn = RIM(2, 4, num_units=n, k=n, rnn_cell="GRU", num_comm_heads=heads, comm_dropout=p, **SIZES)
+    rnn = RIM(2, 4, num_units=n, k=n, rnn_cell="GRU", num_comm_heads=heads, comm_dropout=p, comm_bounded=False, **SIZES)
     strong(rnn.double())
     params = {name.removeprefix("cells.0."): q.detach() for name, q in rnn.named_parameters()}
-    spec_ = oracle.Spec(k=n, rnn_cell="GRU", num_comm_heads=heads)
+    spec_ = oracle.Spec(k=n, rnn_cell="GRU", num_comm_heads=heads, comm_bounded=False)
     x, h_0 = normal(1, 60, 2, seed=1), normal(60, 4, seed=2)
     with torch.no_grad():
         output, _ = rnn(x, h_0.unsqueeze(0))

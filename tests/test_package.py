@@ -19,7 +19,7 @@ import pytest
 from torch import nn
 
 import rim_rnn
-from rim_rnn import RIM, RIMCell, native, record
+from rim_rnn import RIM, RIMCell, native, readable, record
 from rim_rnn.cell import UnitOptions
 
 ROOT = Path(__file__).parents[1]
@@ -160,7 +160,7 @@ def reason_in(folder: Path) -> str:
 def test_a_binary_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None, one older than its sources (a checkout that was updated), and one that can not be loaded."""
     monkeypatch.delenv("RIM_RNN_NATIVE", raising=False)
-    monkeypatch.setattr(native, "is_registered", lambda *_: False)  # as in a process that has none yet
+    monkeypatch.setattr(readable, "is_registered", lambda *_: False)  # as in a process that has none yet
     assert reason_in(tmp_path) == "the native operator is not built (pip install -v says why)"
     binary, source = tmp_path / "_native.abi3.so", tmp_path / "csrc" / "rim.cpp"
     source.parent.mkdir()

@@ -39,7 +39,7 @@ PACKAGE = Path(rim_rnn.__file__).parent
 ROOT = PACKAGE.parents[1]
 
 STEP, PLAN, GEMM, VEC, AVX512 = (f"csrc/{name}" for name in ("step.h", "rim.cpp", "gemm.h", "vec.h", "avx512.cpp"))
-NATIVE, CELL, DYNAMICS, COMMUNICATION = "native.py", "cell.py", "dynamics.py", "communication.py"
+NATIVE, DEFINITION, DYNAMICS, COMMUNICATION = "native.py", "step.py", "dynamics.py", "communication.py"
 
 
 class Ablation(NamedTuple):
@@ -72,7 +72,8 @@ ABLATIONS = [
         (
             (
                 VEC,
-                "return power + power * rest;",
+                "const Vec<T> result = x < Exponent<T>::least ? Vec<T>{} : power + power * rest;\n"
+                "  return x > Exponent<T>::most ? fill<T>(T(1) / T(0)) : result;",
                 "for (int i = 0; i < WIDTH<T>; ++i)\n"
                 "    x[i] = sizeof(T) == 4 ? T(__builtin_expf(x[i])) : T(__builtin_exp(x[i]));\n"
                 "  return x;",
@@ -184,13 +185,14 @@ ABLATIONS = [
         (
             (
                 PLAN,
-                "Tensor empty(const AnyShape& shape, int32_t dtype) {",
-                "Tensor empty(const AnyShape& shape, int32_t dtype) {\n"
+                "Tensor empty(const char* what, const AnyShape& shape, int32_t dtype) {",
+                "Tensor empty(const char*, const AnyShape& shape, int32_t dtype) {\n"
                 "  const ScalarType type = dtype == aoti_torch_dtype_int32()   ? ScalarType::Int\n"
                 "                          : dtype == aoti_torch_dtype_uint8() ? ScalarType::Byte\n"
                 "                          : dtype == dtype_of<float>()        ? ScalarType::Float\n"
                 "                                                              : ScalarType::Double;\n"
-                "  return torch::stable::empty({&*shape.begin(), shape.size()}, type);",
+                "  return torch::stable::empty({&*shape.begin(), shape.size()}, type);\n"
+                '  const char* what = "";',
             ),
         ),
     ),
@@ -232,10 +234,9 @@ ABLATIONS = [
         "what depends on `x` alone computed for all steps before the first",
         ("paper", "small"),
         (
-            (CELL, "projected = self.project(x, ", "projected = (x, "),
             (
-                CELL,
-                "steps = projected.split(sizes)",
+                DEFINITION,
+                "steps = self.project(x, self.draw(x) if keep is None else keep).split(sizes)",
                 "steps = [self.project(row, (None,) * 2) for row in torch.split(x, sizes)]",
             ),
         ),
@@ -253,7 +254,7 @@ ABLATIONS = [
         (
             (
                 DYNAMICS,
-                "F.linear(x, weight.transpose(1, 2).reshape(-1, value.in_features), bias)",
+                "F.linear(x, weight.transpose(1, 2).reshape(-1, size_x), bias)",
                 "(x @ weight + bias.view(heads, 1, -1)).transpose(0, 1)",
             ),
         ),
@@ -278,13 +279,8 @@ ABLATIONS = [
         (
             (
                 COMMUNICATION,
-                "projected = torch.bmm(h, weight).view(n, batch, heads, sum(sizes)).permute(1, 2, 0, 3)\n"
-                "        query, key, value = torch.split(projected.reshape(batch * heads, n, sum(sizes)), sizes, dim=-1)",
-                "query, key, value = (\n"
-                "            layer(h).view(n, batch, heads, -1).permute(1, 2, 0, 3).reshape(batch * heads, n, -1)\n"
-                "            for layer in (self.query, self.key, self.value)\n"
-                "        )\n"
-                "        query = query / math.sqrt(d)",
+                "if weight is None:",
+                "if True:",
             ),
         ),
         group="readable",
@@ -304,7 +300,7 @@ ABLATIONS = [
     Ablation(
         "steps split once instead of cut out one by one, whose backward pass grows with `T²`",
         ("paper", "small"),
-        ((CELL, "torch.split(p, sizes, d)", "[p.narrow(d, t * size, size) for t, size in enumerate(sizes)]"),),
+        ((DEFINITION, "torch.split(p, sizes, d)", "[p.narrow(d, t * size, size) for t, size in enumerate(sizes)]"),),
         group="readable",
     ),
     # Other ways, tried and not taken

@@ -247,12 +247,25 @@ def commit() -> str | None:
 
 
 def cpu() -> str:
-    """The processor's name."""
+    """The processor's name, and on x86 the numbers that tell its generation where the name does not."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        numbers = [f"{word} {about[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in about]
+        return " ".join([about["model name"], *[f"({', '.join(numbers)})"] * bool(numbers)])
+    except (OSError, KeyError):
         return platform.processor() or platform.machine()
+
+
+ISA_VARIABLES = ("RIM_RNN_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""With all of them at AVX2, both layers and the products run as on a processor without AVX-512."""
+
+
+def instructions(path: str) -> str:
+    """The instruction set that our path takes, and torch's if that is another."""
+    torchs = torch.backends.cpu.get_cpu_capability()
+    ours = native.instruction_set().upper() if path == "native" else torchs
+    return ours if ours == torchs else f"{ours}, torch {torchs}"
 
 
 def choose_path(asked: str | None) -> str:
@@ -269,7 +282,7 @@ def setup(args: argparse.Namespace) -> dict[str, Any]:
         "path": args.path,
         "cpu": cpu(),
         "cores": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(args.path),
         "threads": args.threads,
         "dtype": "float32",
         "seed": 0,
@@ -282,7 +295,8 @@ def setup(args: argparse.Namespace) -> dict[str, Any]:
 
 def command(args: argparse.Namespace) -> str:
     """The command as a reader would give it again."""
-    words = ["python examples/speed/measure.py", *args.sections, f"--rounds {args.rounds} --path {args.path}"]
+    words = [f"{name}={os.environ[name]}" for name in ISA_VARIABLES if name in os.environ]
+    words += ["python examples/speed/measure.py", *args.sections, f"--rounds {args.rounds} --path {args.path}"]
     words += ["--keep-memory"] * args.keep_memory
     words += [f"--cases {' '.join(args.cases)}"] * (args.cases != list(CASES)) + ["--rival PATH"] * bool(args.rival)
     return " ".join(words)

@@ -23,6 +23,7 @@ from rim_rnn.readable import (
     differentiate,
     gradients_like,
     is_registered,
+    on_one_device,
     plain_parameters,
     results_like,
     sizes_of,
@@ -223,6 +224,7 @@ def _scan_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:
+    on_one_device(*args)
     input_grad, tensors = args[6], args[7 : 7 + NUM_TENSORS]
     grads = gradients_like(*tensors[:-2])
     return grads if input_grad else [grads[0].new_empty(0), *grads[1:]]

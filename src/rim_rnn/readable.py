@@ -220,12 +220,17 @@ def differentiate(
     return found
 
 
+def on_one_device(*arguments: Any) -> None:
+    """An error where one tensor of many is on the meta device, which the shapes alone would not notice."""
+    devices = {a.device for a in arguments if isinstance(a, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"rim_rnn: all tensors should be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
 def results_like(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs and last states, empty: their shapes without running. A GRU's ``c_n`` has no rows."""
+    on_one_device(input, h, c, *rest)
     weight_ih = rest[6]
-    others = [t.device for t in (h, c, *rest[: NUM_TENSORS - 3]) if t is not None and t.device != input.device]
-    if others:
-        raise RuntimeError(f"rim_rnn: all tensors should be on {input.device}, got one on {others[0]}")
     output = input.new_empty(*input.shape[:-1], h.shape[-1])
     c_n = input.new_empty(*((0, weight_ih.shape[0] * (weight_ih.shape[2] // 3)) if c is None else c.shape))
     return output, h.new_empty(h.shape), c_n
