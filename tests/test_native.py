@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -601,6 +602,113 @@ def test_layers_say_which_path_they_take() -> None:
         assert rnn.path(torch.randn(3, 2, 5)) == "readable: switched off"
     with record(rnn):
         assert rnn.path(torch.randn(3, 2, 5)) == "native"
+
+
+def test_readable_blocks_of_threads_may_overlap() -> None:
+    """Whoever leaves last switches the fast path on again, also where one leaves by an error."""
+    rnn, x = RIM(5, 24, num_units=4), torch.randn(3, 2, 5)
+    entered, leave, left, seen = threading.Event(), threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        with suppress(KeyError), native.readable():
+            entered.set()
+            leave.wait(10)
+            raise KeyError
+        left.set()
+
+    thread = threading.Thread(target=other)
+    with native.readable():  # A enters, B enters, A leaves, B leaves
+        thread.start()
+        assert entered.wait(10)
+        seen.append(rnn.path(x))
+    seen.append(rnn.path(x))
+    leave.set()
+    assert left.wait(10)
+    thread.join()
+    assert [*seen, rnn.path(x)] == ["readable: switched off", "readable: switched off", "native"]
+
+
+def fails(program: str, **environment: str) -> str:
+    """The last line of what a program says that fails, but is not killed."""
+    command, root = [sys.executable, "-W", "ignore", "-c", program], os.path.dirname(os.path.dirname(__file__))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_an_instruction_set_that_is_none() -> None:
+    said = fails("import rim_rnn", RIM_RNN_ISA="sse9")
+    assert said == "ImportError: RIM_RNN_ISA should be baseline, avx2, avx512 or empty, got 'sse9'"
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_an_instruction_set_that_the_processor_lacks(isa: str) -> None:
+    has = torch.backends.cpu.get_cpu_capability()
+    if has == "AVX512" or (has == "AVX2" and isa == "avx2"):
+        pytest.skip(f"it has {isa}")
+    said = fails("import rim_rnn", RIM_RNN_ISA=isa)
+    assert said.startswith("ImportError: ")
+    assert f"RIM_RNN_ISA={isa}, which this processor does not have" in said
+
+
+MEMORY = """
+import resource, torch
+from rim_rnn import RIM
+rnn = RIM(1, 600, num_units=6)
+x = torch.zeros(1, 1, 1).expand(20000, 64, 1)
+assert rnn.path(x) == "native"
+rnn(x[:2])[0].sum().backward()
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+rnn(x)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
+def test_out_of_memory_says_for_what_and_how_much() -> None:
+    """20,000 steps of 64 rows and 4 winners, 725 numbers each of which backward needs."""
+    said = fails(MEMORY)
+    assert "not enough memory for what backward needs of shape (3712000000,)" in said
+    assert f"could not allocate {3712000000 * 4} bytes" in said
+
+
+HUGE: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
+    ("h_0", (2**31, 8), {}),
+    ("h_0", (2**29, 8), {}),  # times 4 units
+    ("input_attention.query.weight", (2**31, 2, 128), {}),
+    ("input_attention.query.weight", (4, 2**31, 128), {}),
+    ("input_attention.query.weight", (4, 2**29, 128), {}),
+    ("input_attention.key.weight", (2**32, 5), {}),
+    ("input_attention.value.weight", (2**32, 5), {}),
+    ("dynamics.weight_ih", (4, 48, 2**33), {}),
+    ("dynamics.weight_ih", (4, 48, 2**31), {}),
+    ("communication.query.weight", (4, 2, 2**33), {}),
+    ("communication.value.weight", (4, 2, 2**33), {}),
+    ("input", (3, 2, 2**31), {}),
+    ("input", (2**33, 2, 5), {"batch_sizes": [2**32, 2**32]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "others"), HUGE, ids=lambda value: str(value) if isinstance(value, str | tuple) else ""
+)
+def test_sizes_beyond_32_bits_are_refused(name: str, shape: tuple[int, ...], others: dict[str, Any]) -> None:
+    """Of tensors that take no memory: one number, expanded."""
+    for operator in ("infer", "scan"):
+        huge = arguments_of(operator, **ALL) | {name: torch.empty(1).expand(shape)} | others
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"^rim_rnn: .*got ") as error:
+            getattr(torch.ops.rim_rnn, operator).default(*huge.values())
+        assert name in str(error.value) or "num_units" in str(error.value)
+
+
+@pytest.mark.parametrize("operator", ["infer", "scan", "scan_backward"])
+def test_a_meta_tensor_among_others_is_refused(operator: str) -> None:
+    """Whichever it is: where there is one, torch asks for shapes alone, and nothing would be computed."""
+    right = arguments_of(operator, **ALL)
+    for name, value in right.items():
+        if isinstance(value, Tensor):
+            with torch.no_grad(), pytest.raises(RuntimeError, match="all tensors should be on one device, got cpu, meta"):
+                getattr(torch.ops.rim_rnn, operator).default(*(right | {name: value.to("meta")}).values())
 
 
 ARGUMENTS = ("input", "h_0", "c_0", *PARAMETERS, "keep_input", "keep_comm")

@@ -84,15 +84,12 @@ class Dynamics(nn.Module, abc.ABC):
             gates: Or what :meth:`project` returns, where that was computed for all steps at once.
             state: The old states, ``(n, N, p)`` and ``(n, N, u)``.
         """
-        if gates is not None:
-            return self.update(self.read(a_input, gates), state)
-        assert value is not None
-        read = a_input.to(value.dtype).unsqueeze(-1) * value.view(
-            value.size(0), self.num_heads, value.size(1) // self.num_heads
-        )
-        gates_x = torch.bmm(read.flatten(2), self.weight_ih)
-        bias = self.read_bias()
-        return self.update(gates_x if bias is None else gates_x + bias.unsqueeze(1), state)
+        if gates is None:
+            assert value is not None
+            heads, (n, _, size) = self.num_heads, self.weight_ih.shape
+            values = value.view(value.size(0), heads, 1, value.size(1) // heads).permute(1, 2, 0, 3)
+            gates = torch.matmul(values, self.weight_ih.view(n, heads, -1, size).transpose(0, 1)).transpose(1, 2)
+        return self.update(self.read(a_input, gates), state)
 
     def read(self, a_input: Tensor, gates: Tensor) -> Tensor:
         """``sum over heads of a_input * (value W_ih)  + bias``: ``(n, N, H)``, ``(H, N, n, G*u)`` -> ``(n, N, G*u)``."""

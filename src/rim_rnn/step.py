@@ -94,16 +94,22 @@ class Step(nn.Module):
         if not self.training:
             return None, None
         input_attention, _, communication = self.stages()
-        return input_attention.draw(x), communication.draw(x)
+        return _draw(input_attention, x), _draw(communication, x)
 
     def project(self, x: Tensor, keep: Keep) -> Projected:
         """What does not depend on the state, for one step or for all at once: ``x`` is ``(M, input_size)``.
 
-        Only of stages that are exactly ours: of others a step asks everything by calling them.
+        Only of stages whose calls do no more than what our classes say: of others a step asks everything by calling them.
         """
-        if oddity(self) is not None:
-            return Projected(x, None, None, *keep, None)
         input_attention, dynamics, communication = self.stages()
+        if not _plainly_called(self):
+            for stage, method in ((dynamics, "project"), (communication, "weight")):
+                if _is_changed(stage, method):
+                    raise RuntimeError(
+                        f"a {method} of its own of a {type(stage).__name__} is for all steps at once, which a hook, a forward "
+                        "or a module of its own in the same cell rules out"
+                    )
+            return Projected(x, None, None, *keep, None)
         gates = dynamics.project(x, input_attention.value)
         return Projected(x, input_attention.project(x), gates, *keep, communication.weight())
 
@@ -157,6 +163,15 @@ class Step(nn.Module):
 
         output, last = over_time(advance, state, self.num_units, sizes, reverse, packed=batch_sizes is not None)
         return output, last, traces[::-1] if reverse else traces
+
+
+def _draw(stage: nn.Module, x: Tensor) -> Tensor | None:
+    """What dropout draws for a stage, which may be wrapped in another module."""
+    draw: Any = getattr(stage, "draw", None)
+    if draw is None:
+        draw = next((inner.draw for inner in stage.modules() if hasattr(inner, "draw")), lambda x: None)
+    drawn: Tensor | None = draw(x)
+    return drawn
 
 
 def over_time(
@@ -245,7 +260,12 @@ def exactly_ours(cell: nn.Module) -> tuple[nn.Module, ...] | None:
 
 
 def _global_hook() -> bool:
-    return bool(nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or nn_module._global_backward_hooks)
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -273,3 +293,27 @@ def oddity(cell: nn.Module) -> str | None:
         if not METHODS.isdisjoint(vars(module)):
             return f"a method was put on {path}"
     return "a method was put on the cell"
+
+
+def _plainly_called(cell: nn.Module) -> bool:
+    """Whether to call a module of the cell does what the forward of our class says, so that its methods may be used without."""
+    if exactly_ours(cell) is not None:
+        return True
+    for path, kinds in MODULES.items():
+        try:
+            module = cell.get_submodule(path)
+        except AttributeError:
+            if path.startswith("communication.") and not getattr(cell.communication, "num_heads", 1):
+                continue
+            return False
+        if is_hooked(module) or not any(isinstance(module, k) and type(module).forward is k.forward for k in kinds):
+            return False
+    return True
+
+
+def _is_changed(stage: nn.Module, method: str) -> bool:
+    """Whether a stage has a method that is not that of our class, and the forward of our class, which does not know it."""
+    ours = next((k for kinds in MODULES.values() for k in kinds if isinstance(stage, k)), None)
+    if ours is None or type(stage).forward is not ours.forward:
+        return False
+    return method in vars(stage) or getattr(type(stage), method) is not getattr(ours, method, None)

@@ -163,7 +163,9 @@ def leaf(module: nn.Module, input: fx.Proxy, hx: Any) -> fx.Proxy:
     try:
         path = tracer.path_of_module(module)
     except NameError:
-        raise fx.proxy.TraceError(f"symbolic_trace does not look inside a {name}: trace a module that holds one") from None
+        path = ""
+    if not path:  # it is the root itself, or was put into it while tracing
+        raise fx.proxy.TraceError(f"symbolic_trace does not look inside a {name}: trace a module that holds one")
     call: fx.Proxy = tracer.create_proxy("call_module", path, (input,) if hx is None else (input, hx), {})
     return call
 
