@@ -468,6 +468,9 @@ def test_backward_hooks(path: str, place: Place, rnn_cell: str) -> None:
     assert_heard(place, before, plain, by_hand(path, after=double_gradients), word)
 
 
+GLOBAL_HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook")
+
+
 @contextmanager
 def global_hook(kind: str, hook: Callable[..., None]) -> Iterator[None]:
     handle = getattr(nn_module, f"register_module_{kind}")(hook)
@@ -479,7 +482,7 @@ def global_hook(kind: str, hook: Callable[..., None]) -> Iterator[None]:
 
 @places
 @units
-@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
 def test_global_hooks(kind: str, place: Place, rnn_cell: str) -> None:
     """For every cell, stage and projection, at every step."""
     module, calls = place.make(rnn_cell), []
@@ -606,17 +609,36 @@ def test_records_of_changed_stages(path: str, place: Place, rnn_cell: str) -> No
 
 @layers
 @units
-def test_no_record_of_a_changed_call_of_a_cell(place: Place, rnn_cell: str) -> None:
-    """It says so, and nothing is left behind."""
-    for change in (
-        lambda cell: cell.register_forward_hook(lambda *_: None),
-        lambda cell: cell.register_full_backward_hook(lambda *_: None),
-        lambda cell: put_on(cell, "forward", nothing),
-        lambda cell: setattr(cell, "__class__", OwnForward),
-    ):
+def test_records_of_a_changed_call_of_a_cell(place: Place, rnn_cell: str) -> None:
+    """The same, where the layer calls the cell at each step: with hooks, global ones too, and a forward put on."""
+    plain = place.make(rnn_cell)
+    with record(plain) as expected:
+        run(plain, *place.inputs(plain))
+
+    def recorded(change: Callable[[Any], Any]) -> None:
         module = place.make(rnn_cell)
         change(module.cells[0])
-        with record(module) as records, pytest.raises(RuntimeError, match="a cell that has a hook, or a forward of its own"):
-            run(module, *place.inputs(module))
-        assert records == []
+        with record(module) as records:
+            found = run(module, *place.inputs(module))
+        assert_same([part.double() for part in records[0]], [part.double() for part in expected[0]])
+        assert_identical(found, run(module, *place.inputs(module)))
+        assert len(records) == 1
+
+    recorded(lambda cell: cell.register_forward_hook(lambda *_: None))
+    recorded(lambda cell: cell.register_full_backward_hook(lambda *_: None))
+    recorded(lambda cell: put_on(cell, "forward", nothing))
+    for kind in GLOBAL_HOOKS:
+        with global_hook(kind, lambda *_: None):
+            recorded(nothing)
+
+
+@layers
+@units
+def test_no_record_of_a_forward_that_is_not_ours(place: Place, rnn_cell: str) -> None:
+    """It says so, and nothing is left behind."""
+    module = place.make(rnn_cell)
+    module.cells[0].forward = lambda x, hx: hx
+    with record(module) as records, pytest.raises(RuntimeError, match="a cell whose own forward does not go through"):
         run(module, *place.inputs(module))
+    assert records == []
+    run(module, *place.inputs(module))

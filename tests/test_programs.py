@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from drawn import assert_identical, assert_same, cell_options, normal, options, strong
+from drawn import assert_identical, cell_options, normal, options, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from rim_rnn import RIM, RIMCell, native, readable, record
+from rim_rnn import RIM, RIMCell, native, readable
 
 needs_native = pytest.mark.skipif(native._unavailable is not None, reason=str(native._unavailable))
 SMALL: dict[str, Any] = {
@@ -370,11 +368,6 @@ def pair(kind: str, layers: int, bidirectional: bool, batch_first: bool, dtype: 
     return getattr(nn, "GRU" if kind == "GRU" else "LSTM")(3, 8, **manners, **sizes), layer(kind, **manners)
 
 
-def torch_is_one_operator(kind: str, dtype: torch.dtype) -> bool:
-    """Whether nn.LSTM of this dtype may run in oneDNN, on some processors, which refuses what others allow."""
-    return kind == "LSTM" and dtype != torch.float64
-
-
 def some_call(rnn: Any, layout: str, given: bool = True) -> tuple[list[Tensor], list[Tensor]]:
     """What a call takes and what it returns, flat; the data of a packed output."""
     dtype = next(rnn.parameters()).dtype
@@ -426,7 +419,7 @@ def test_detached_in_place_wherever_torch_allows_it(kind: str, path: str) -> Non
                     found = gradients(weigh(results[others]), [*leaves, *ours.parameters()])
                     expected = gradients(weigh(untouched[others]), [*leaves_of_all, *ours.parameters()])
                     assert_identical(found, expected)
-    assert allowed["state"] > 200
+    assert allowed["state"] > 150
     assert allowed["output"] > 100
 
 
@@ -434,7 +427,7 @@ def test_detached_in_place_wherever_torch_allows_it(kind: str, path: str) -> Non
 @kinds
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_changed_in_place_before_backward(kind: str, path: str) -> None:
-    """Wherever torch's layer allows it ours does, with the gradients of the change out of place; elsewhere RuntimeError or those."""
+    """Wherever torch allows it ours does, with the gradients of the change out of place; elsewhere an error or those."""
     allowed = 0
 
     def attempt(rnn: Any, layout: str, what: str, in_place: bool) -> list[Tensor] | str:
@@ -458,10 +451,72 @@ def test_changed_in_place_before_backward(kind: str, path: str) -> None:
                 found = attempt(ours, layout, what, True)
                 if isinstance(found, str):
                     assert "modified by an inplace operation" in found
-                    assert not does or torch_is_one_operator(kind, dtype) or dtype == torch.float64, found
                     assert not does, (layers, bidirectional, batch_first, dtype, layout, what)
                     continue
                 assert_close(found, attempt(ours, layout, what, False), TOLERANCES[dtype])
                 allowed += does
-    print(allowed)
     assert allowed > 60
+
+
+# Bounded.
+
+UNITS = ("LSTM", "GRU")
+units = pytest.mark.parametrize("rnn_cell", UNITS)
+
+
+@paths
+@units
+@pytest.mark.parametrize("scale", [1, 10, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_state_is_bounded(rnn_cell: str, scale: int, dtype: torch.dtype, path: str) -> None:
+    """3,000 steps, weights and inputs of any size, first states within the bound and beyond it: no rounding passes it."""
+    rnn = RIM(3, 24, num_units=4, rnn_cell=rnn_cell, dtype=dtype)
+    rnn.load_state_dict(
+        {name: (normal(*p.shape, seed=i) * scale).to(dtype) for i, (name, p) in enumerate(rnn.state_dict().items())}
+    )
+    sizes = torch.tensor([0, 1e-3, 1, 1e3, 1e20], dtype=torch.float64)
+    x = (normal(3000, 2, 5, 3, seed=100) * sizes.unsqueeze(1)).flatten(1, 2).to(dtype)
+    h_0 = (normal(1, 2, 5, 24, seed=101) * torch.tensor([0.1, 100]).view(2, 1, 1)).flatten(1, 2).to(dtype)
+    with torch.no_grad(), PATHS[path]():
+        output, _ = rnn(x, h_0 if rnn_cell == "GRU" else (h_0, 10 * h_0))
+    bound = h_0[0].abs().amax(-1).clamp(min=1 if rnn_cell == "GRU" else 2)
+    largest = output.abs().amax((0, 2))
+    assert (largest <= bound).all(), (largest, bound)
+    assert largest.max() > 10
+
+
+def text() -> Tensor:
+    """The characters of this package, by number."""
+    written = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(native.__file__).parent.glob("*.py")))
+    alphabet = sorted(set(written))
+    return torch.tensor([alphabet.index(character) for character in written])
+
+
+@units
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_stateful_character_model_trains(rnn_cell: str, seed: int) -> None:
+    """An epoch with the state carried from batch to batch: finite, within the bound, and better than frequencies tell.
+
+    As equation 6 is printed, most of these end in NaN.
+    """
+    torch.manual_seed(seed)
+    characters, span, rows = text(), 40, 16
+    shares = torch.bincount(characters) / len(characters)
+    embedding, rnn = nn.Embedding(len(shares), 96), RIM(96, 96, num_layers=2, rnn_cell=rnn_cell)
+    model = nn.ModuleList([embedding, rnn, nn.Linear(96, len(shares))])
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    sequences = characters[: len(characters) // rows * rows].view(rows, -1).t()
+    losses, state = [], None
+    for start in range(0, len(sequences) - 1 - span, span):
+        output, last = rnn(embedding(sequences[start : start + span]), state)
+        scores: Tensor = model[2](output)
+        loss = F.cross_entropy(scores.flatten(0, 1), sequences[start + 1 : start + 1 + span].flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        state = whole([s.detach() for s in parts(last)])
+        assert norm.isfinite()
+        assert output.detach().abs().max() <= (1 if rnn_cell == "GRU" else 2)
+    assert sum(losses[-20:]) / 20 < 0.95 * float(-(shares * shares.log()).sum())

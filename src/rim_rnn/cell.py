@@ -4,13 +4,13 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from typing_extensions import TypedDict, TypeVar, Unpack, override
 
 from rim_rnn import native, readable
 from rim_rnn.dynamics import State
 from rim_rnn.recording import Trace
-from rim_rnn.step import Step, is_hooked, oddity, over_time
+from rim_rnn.step import Step, does_more, is_any_hooked, oddity, over_time
 from rim_rnn.units import (
     autocast_result_dtype,
     check_alike,
@@ -133,6 +133,9 @@ class RIMCell(Step, Generic[StateT]):
     Source: Goyal et al., 2021, *Recurrent Independent Mechanisms*, section 2.
     """
 
+    _traces: list[Trace] | None = None
+    """What its steps did, while a layer calls it that is recorded."""
+
     key_size_input: int = property(attrgetter("input_attention.key_size"))  # type: ignore[assignment]
     value_size_input: int = property(attrgetter("input_attention.value_size"))  # type: ignore[assignment]
     query_size_input: int = property(attrgetter("input_attention.key_size"))  # type: ignore[assignment]
@@ -226,7 +229,6 @@ class RIMCell(Step, Generic[StateT]):
         check_query_size("comm", query_size_comm, key_size_comm)
         check_int("num_comm_heads", num_comm_heads, 0)
         check_probability("comm_dropout", comm_dropout)
-
         check_bool("comm_bounded", comm_bounded)
 
         super().__init__(
@@ -275,14 +277,15 @@ class RIMCell(Step, Generic[StateT]):
 
     def is_called(self) -> bool:
         """Whether a layer calls the cell at each step, for that does more than :meth:`run`: a hook, a forward of its own."""
-        return type(self).forward is not RIMCell.forward or is_hooked(self)
+        kind = type(self)
+        if kind.forward is not RIMCell.forward or kind.__call__ is not nn.Module.__call__:
+            return True
+        return does_more(self) or is_any_hooked()
 
     def call_over_time(
         self, input: Tensor, state: State, batch_sizes: list[int] | None, reverse: bool, record: bool
     ) -> tuple[Tensor, State, list[Trace]]:
         """:meth:`scan` by calls of the cell itself."""
-        if record:
-            raise RuntimeError("record() does not see into a cell that has a hook, or a forward of its own")
         sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes
         rows = torch.split(input.reshape(-1, input.size(-1)), sizes)
 
@@ -291,7 +294,15 @@ class RIMCell(Step, Generic[StateT]):
             state = self(rows[t], state if self.rnn_cell == "LSTM" else state[0])
             return tuple(divide(s, self.num_units) for s in (state if self.rnn_cell == "LSTM" else (state,)))
 
-        return *over_time(advance, state, self.num_units, sizes, reverse, packed=batch_sizes is not None), []
+        if record:
+            self._traces = []
+        try:
+            output, last = over_time(advance, state, self.num_units, sizes, reverse, packed=batch_sizes is not None)
+        finally:
+            traces = self.__dict__.pop("_traces", [])
+        if record and len(traces) != len(sizes):
+            raise RuntimeError("record() does not see into a cell whose own forward does not go through that of RIMCell")
+        return output, last, traces[::-1] if reverse else traces
 
     __prepare_scriptable__ = refuse_to_script
 
@@ -362,7 +373,9 @@ class RIMCell(Step, Generic[StateT]):
                     raise RuntimeError(f"Expected {name}_0 size {(*input.shape[:-1], size)}, got {tuple(s.shape)}")
             state = tuple(check_alike(f"{name}_0", s, weight) for s, name in zip(state, "hc", strict=False))
             state = state if batched else tuple(s.unsqueeze(0) for s in state)
-        _, state, _ = self.run(x.unsqueeze(0), state)
+        _, state, traces = self.run(x.unsqueeze(0), state, record=self._traces is not None)
+        if self._traces is not None:
+            self._traces += traces
         dtype = autocast_result_dtype(given, x.device)
         state = tuple(s.to(dtype) for s in state)
         state = state if batched else tuple(s.squeeze(0) for s in state)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rim_rnn.units import SharedLinear, UnitLinear, autocast_dtype, draw_dropout
+from rim_rnn.units import SharedLinear, UnitLinear, autocast_dtype, draw_dropout, is_exporting
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -113,8 +113,7 @@ class InputAttention(nn.Module):
 def compete(score: Tensor, k: int) -> Tensor:
     """The ``k`` highest bids win: exactly ``k``, ties to the lowest unit, NaN counting as the lowest bid.
 
-    A unit's bid is its score averaged over heads, and its rank the number of units that are ahead of it: those with a higher
-    bid, and those with an equal one that come first.
+    A unit's bid is its score averaged over heads.
 
     Args:
         score: ``(n, N, H)``, at least float32.
@@ -123,13 +122,14 @@ def compete(score: Tensor, k: int) -> Tensor:
     Returns:
         ``(n, N)``, bool, ``k`` times true in each column.
     """
-    bids = score.detach().mean(-1)
+    bids = score.detach().mean(-1).nan_to_num(-math.inf, math.inf, torch.finfo(score.dtype).min)
     n = bids.size(0)
     if k == n:
         return torch.ones_like(bids, dtype=torch.bool)
-    lowest = torch.finfo(bids.dtype).min
-    bids = torch.where(bids.isnan(), -math.inf, bids.clamp(min=lowest))
-    higher = bids.unsqueeze(1) > bids  # (n, n, N): the first unit's bid than the second's
-    first = torch.ones(n, n, dtype=torch.bool, device=bids.device).triu(1).unsqueeze(-1)
-    ahead = (higher & ~first) | (~higher.transpose(0, 1) & first)
+    if not is_exporting():
+        winners = bids.sort(dim=0, descending=True, stable=True).indices[:k]
+        return torch.zeros_like(bids, dtype=torch.bool).scatter(0, winners, True)
+    # ONNX has no stable sort. The same by rank: how many units are ahead, with a higher bid or an equal one and a lower number.
+    one, first = bids.unsqueeze(1), torch.ones(n, n, dtype=torch.bool, device=bids.device).triu(1).unsqueeze(-1)
+    ahead = (one > bids) | (first & (one == bids))
     return ahead.sum(0) < k

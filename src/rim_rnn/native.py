@@ -257,7 +257,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 def _backward_of_many(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[list[Tensor], list[int]]:
-    """The batching rule of backward, for many gradients of one call: each by itself. That of a list in ``in_dims`` is a list."""
+    """The batching rule of backward, for many gradients of one call: each by itself. A list's ``in_dims`` are a list."""
     backward, dims = torch.ops.rim_rnn.scan_backward.default, list(zip(args, in_dims, strict=True))
     each = [backward(*(a.select(d, i) if isinstance(d, int) else a for a, d in dims)) for i in range(info.batch_size)]
     return [torch.stack(parts) for parts in zip(*each, strict=True)], [0] * len(each[0])

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from rim_rnn.dynamics import State
 from rim_rnn.recording import Trace
 from rim_rnn.step import Projected, Step, exactly_ours, oddity
-from rim_rnn.units import autocast_dtype, divide, unite
+from rim_rnn.units import autocast_dtype, divide, is_exporting, unite
 
 UNROLLED = 16
 """Up to so many steps torch.compile sees each of them and fuses what it finds, which takes its time for every one."""
@@ -83,11 +83,6 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
 ELSEWHERE = "a parameter is not where the cell keeps it"  # as after pruning
 
 
-def is_exporting() -> bool:
-    """Whether torch.export is at work: what is_exporting() says, but under Dynamo of torch 2.10, which takes it for true."""
-    return torch.compiler._is_exporting_flag
-
-
 def scan(
     cell: Any, input: Tensor, state: State, batch_sizes: Sequence[int] | None, reverse: bool, record: bool
 ) -> tuple[Tensor, State, list[Trace]] | None:
@@ -126,7 +121,7 @@ def loop(
         part if part is None else bare(part.flip(0) if reverse else part.clone()) for part in rows
     ]  # no views: Dynamo's guards
     comm_weight = comm_weight if comm_weight is None else bare(comm_weight)
-    lent, parameters = _Lent(cell, "step"), {f"step.{name}": bare(p) for name, p in cell.named_parameters()}
+    lent, parameters = _Lent(cell, "step"), {f"step.{name}": p.detach() for name, p in cell.named_parameters()}
 
     def advance(now: State, given: list[Tensor]) -> tuple[State, Tensor]:
         some = iter(given)
@@ -134,7 +129,7 @@ def loop(
         x, key, gates, keep_input, keep_comm = every
         gates = None if gates is None else gates.transpose(0, 1)
         projected = Projected(x, key, gates, keep_input, keep_comm, comm_weight)
-        now, _ = torch.func.functional_call(lent, parameters, (projected, now))
+        now, _ = torch.func.functional_call(lent, parameters, (projected, now)) if onnx else cell.step(projected, now)
         return now, now[0].clone()
 
     first = tuple(torch.stack(divide(s, cell.num_units).unbind(0)) for s in state)  # contiguous, whatever the batch

@@ -4,7 +4,7 @@ Weights apply per unit, states are unit-major ``(n, N, ...)``: see units.py. Eve
 four stages that meet here, or a faster or more convenient way to run what stands here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -102,9 +102,9 @@ class Step(nn.Module):
         Only of stages whose calls do no more than what our classes say: of others a step asks everything by calling them.
         """
         input_attention, dynamics, communication = self.stages()
-        if not _plainly_called(self):
+        if not is_plainly_called(self):
             for stage, method in ((dynamics, "project"), (communication, "weight")):
-                if _is_changed(stage, method):
+                if is_own(stage, method):
                     raise RuntimeError(
                         f"a {method} of its own of a {type(stage).__name__} is for all steps at once, which a hook, a forward "
                         "or a module of its own in the same cell rules out"
@@ -233,8 +233,6 @@ METHODS = frozenset(
 ) | {"forward"}
 """What nobody puts on an instance but to change what it does."""
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def exactly_ours(cell: nn.Module) -> tuple[nn.Module, ...] | None:
     """The modules of a cell in the order of :data:`MODULES`, if all of them are exactly ours; else ``None``."""
@@ -245,21 +243,31 @@ def exactly_ours(cell: nn.Module) -> tuple[nn.Module, ...] | None:
         found: Any = (attention, parts["query"], parts["key"], parts["value"], dynamics, communication, *talking)
     except (KeyError, AttributeError):  # something was put in its place
         return None
-    if tuple(map(type, found)) not in KINDS or _global_hook():
+    if tuple(map(type, found)) not in KINDS or is_any_hooked():
         return None
     for module in found:
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if does_more(module):
             return None
-        if "forward" in module.__dict__:
-            return None
-    for module in (cell, attention, dynamics, communication):
-        if not METHODS.isdisjoint(module.__dict__):
+    for module in (cell, *found[:1], *found[4:6]):
+        if _has_method(module):
             return None
     ours: tuple[nn.Module, ...] = found
     return ours
 
 
-def _global_hook() -> bool:
+def does_more(module: nn.Module) -> bool:
+    """Whether a call of this module does more than its class says: a hook, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_any_hooked() -> bool:
+    """The same for every module: a hook for all of them."""
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -268,50 +276,54 @@ def _global_hook() -> bool:
     )
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class says: a hook, or a forward of its own."""
-    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in HOOKS) or _global_hook()
+def _has_method(module: nn.Module) -> bool:
+    if torch.compiler.is_compiling():  # torch 2.10 can not look into isdisjoint
+        return any([name in module.__dict__ for name in METHODS])  # noqa: C419
+    return not METHODS.isdisjoint(module.__dict__)
+
+
+def _every_module(cell: nn.Module) -> Iterator[tuple[str, tuple[type[nn.Module], ...], nn.Module | None]]:
+    """Path, kinds and module of a cell for each of :data:`MODULES` that it should have."""
+    for path, kinds in MODULES.items():
+        try:
+            yield path, kinds, cell.get_submodule(path)
+        except AttributeError:
+            if not path.startswith("communication.") or getattr(cell.communication, "num_heads", True):
+                yield path, kinds, None
 
 
 def oddity(cell: nn.Module) -> str | None:
     """What about a cell's stages is not exactly ours, in words; or ``None``. :func:`exactly_ours` only sees that it is so."""
     if exactly_ours(cell) is not None:
         return None
-    if _global_hook():
+    if is_any_hooked():
         return "a global module hook is registered"
-    for path, kinds in MODULES.items():
-        try:
-            module = cell.get_submodule(path)
-        except AttributeError:
-            if path.startswith("communication.") and not getattr(cell.communication, "num_heads", 1):
-                continue
+    for path, kinds, module in _every_module(cell):
+        if module is None:
             return f"{path} is missing"
         if type(module) not in kinds:
             return f"{path} is a {type(module).__name__}"
-        if is_hooked(module):
+        if does_more(module):
             return f"a hook is registered in {path}, or a forward put on it"
-        if not METHODS.isdisjoint(vars(module)):
+        if _has_method(module):
             return f"a method was put on {path}"
     return "a method was put on the cell"
 
 
-def _plainly_called(cell: nn.Module) -> bool:
-    """Whether to call a module of the cell does what the forward of our class says, so that its methods may be used without."""
-    if exactly_ours(cell) is not None:
-        return True
-    for path, kinds in MODULES.items():
-        try:
-            module = cell.get_submodule(path)
-        except AttributeError:
-            if path.startswith("communication.") and not getattr(cell.communication, "num_heads", 1):
-                continue
-            return False
-        if is_hooked(module) or not any(isinstance(module, k) and type(module).forward is k.forward for k in kinds):
-            return False
-    return True
+def is_plainly_called(cell: nn.Module) -> bool:
+    """Whether a call of each stage does what the forward of our class says, so that its methods may be used without one."""
+    return exactly_ours(cell) is not None or not (
+        is_any_hooked()
+        or any(
+            module is None
+            or does_more(module)
+            or not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+            for _, kinds, module in _every_module(cell)
+        )
+    )
 
 
-def _is_changed(stage: nn.Module, method: str) -> bool:
+def is_own(stage: nn.Module, method: str) -> bool:
     """Whether a stage has a method that is not that of our class, and the forward of our class, which does not know it."""
     ours = next((k for kinds in MODULES.values() for k in kinds if isinstance(stage, k)), None)
     if ours is None or type(stage).forward is not ours.forward:

@@ -111,6 +111,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is at work: what is_exporting() says, but under Dynamo of torch 2.10, which takes it for true."""
+    return torch.compiler._is_exporting_flag
+
+
 def check_alike(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
     """``tensor`` in the parameters' dtype under autocast; elsewhere a ``RuntimeError`` if dtype or device differ."""
     if tensor.device != weight.device:
@@ -189,7 +194,7 @@ def uniform_(fan_in: int, *parameters: Tensor | None) -> None:
     """Draw parameters from ``uniform(-1/sqrt(fan_in), 1/sqrt(fan_in))``."""
     bound = 1 / math.sqrt(fan_in)
     for parameter in parameters:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:
             nn.init.uniform_(parameter, -bound, bound)
 
 
