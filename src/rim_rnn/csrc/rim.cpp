@@ -22,6 +22,10 @@
 
 #include "problem.h"
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name in the headers of torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace rim {
 namespace {
 
