@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rim_rnn import RIM, RIMCell, record
+from rim_rnn.input_attention import compete
 
 SIZES: dict[str, Any] = {"key_size_input": 3, "value_size_input": 2, "key_size_comm": 2, "value_size_comm": 3}
 SMALL: dict[str, Any] = {**SIZES, "num_comm_heads": 2}
@@ -274,6 +276,20 @@ def test_exactly_k_win_even_in_a_row_of_nan() -> None:
     active = winners_of(rnn, x)
     assert (active.sum(-1) == 4).all()
     assert active[2, 1].tolist() == [True] * 4 + [False] * 2
+
+
+def test_an_exported_competition_is_the_same() -> None:
+    """Bids that tie, that are infinite, that are NaN: ranks in the graph, the order of a stable sort outside."""
+
+    class Competition(torch.nn.Module):
+        def forward(self, score: Tensor) -> Tensor:
+            return compete(score, 3)
+
+    values = torch.tensor([0.0, 1.0, -1.0, math.inf, -math.inf, math.nan])
+    score = values[torch.randint(6, (5, 400, 1), generator=torch.Generator().manual_seed(0))]
+    exported = torch.export.export(Competition(), (score,)).module()
+    assert torch.equal(exported(score), compete(score, 3))
+    assert exported(score).sum(0).unique().tolist() == [3]
 
 
 # Silent units

@@ -180,6 +180,28 @@ def test_export_with_a_dynamic_batch() -> None:
         torch.testing.assert_close(program.module()(x), rnn(x))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"rnn_cell": "GRU", "bidirectional": True, "bias": False}, {"proj_size": 4, "num_layers": 2, "batch_first": True}],
+    ids=str,
+)
+def test_export_with_dynamic_steps_and_batch(options: dict[str, Any]) -> None:
+    """A loop in the graph, however many steps: results and gradients for other sizes, ties (no biases, no states) as ours."""
+    rnn = layer(options, dtype=torch.float64).eval()
+    dims = torch.export.Dim("steps"), torch.export.Dim("batch")
+    shapes = dict(enumerate(reversed(dims) if rnn.batch_first else dims))
+    program = torch.export.export(rnn, (normal(4, 5, 3, seed=0),), dynamic_shapes=(shapes,))
+    assert any("scan" in str(node.target) for node in program.graph.nodes)
+    for sizes in ((9, 2), (2, 7), (40, 3)):
+        x = normal(*sizes, 3, seed=sum(sizes))
+        assert_same(program.module()(x), rnn(x))
+    module, gradients = program.module(), []
+    for run in (module, rnn):
+        output, _ = run(x)
+        gradients.append(torch.autograd.grad(output.square().sum(), list(run.parameters())))
+    assert_same(*gradients)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_compiled_gru_output_changed_in_place(batch_first: bool) -> None:

@@ -113,7 +113,8 @@ class InputAttention(nn.Module):
 def compete(score: Tensor, k: int) -> Tensor:
     """The ``k`` highest bids win: exactly ``k``, ties to the lowest unit, NaN counting as the lowest bid.
 
-    A unit's bid is its score averaged over heads.
+    A unit's bid is its score averaged over heads. Ascending and stable on the *negated* bids does all three: equal bids
+    keep the order of their units, and NaN sorts last.
 
     Args:
         score: ``(n, N, H)``, at least float32.
@@ -122,14 +123,15 @@ def compete(score: Tensor, k: int) -> Tensor:
     Returns:
         ``(n, N)``, bool, ``k`` times true in each column.
     """
-    bids = score.detach().mean(-1).nan_to_num(-math.inf, math.inf, torch.finfo(score.dtype).min)
+    bids = score.detach().mean(-1)
     n = bids.size(0)
     if k == n:
         return torch.ones_like(bids, dtype=torch.bool)
     if not is_exporting():
-        winners = bids.sort(dim=0, descending=True, stable=True).indices[:k]
-        return torch.zeros_like(bids, dtype=torch.bool).scatter(0, winners, True)
-    # ONNX has no stable sort. The same by rank: how many units are ahead, with a higher bid or an equal one and a lower number.
+        winners = torch.sort(-bids, dim=0, stable=True).indices[:k]
+        return torch.zeros_like(bids, dtype=torch.bool).scatter(0, winners, 1)  # torch.jit takes no True there
+    # ONNX has no stable sort. The same by rank: how many units are ahead, by a higher bid or an equal one that stands first.
+    bids = bids.nan_to_num(-math.inf, math.inf, torch.finfo(bids.dtype).min)
     one, first = bids.unsqueeze(1), torch.ones(n, n, dtype=torch.bool, device=bids.device).triu(1).unsqueeze(-1)
     ahead = (one > bids) | (first & (one == bids))
     return ahead.sum(0) < k

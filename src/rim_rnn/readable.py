@@ -5,6 +5,7 @@ It is equal to :meth:`Step.scan` because it calls that, or its step, with the gi
 Here too stands what decides whether any operator may take over, :func:`plain_parameters`, in the order of the schema.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,10 +117,8 @@ def loop(
     _, key, gates, *keep, comm_weight = cell.project(input.reshape(steps * batch, size), cell.draw(input))
     gates = None if gates is None else gates.transpose(0, 1)  # rows first, as all have them
     rows: list[Any] = [part if part is None else part.view(steps, batch, *part.shape[1:]) for part in (key, gates, *keep)]
-    rows = [input, *rows]
-    rows = [
-        part if part is None else bare(part.flip(0) if reverse else part.clone()) for part in rows
-    ]  # no views: Dynamo's guards
+    # No views: Dynamo's guards do not take them.
+    rows = [part if part is None else bare(part.flip(0) if reverse else part.clone()) for part in (input, *rows)]
     comm_weight = comm_weight if comm_weight is None else bare(comm_weight)
     lent, parameters = _Lent(cell, "step"), {f"step.{name}": p.detach() for name, p in cell.named_parameters()}
 
@@ -133,7 +132,9 @@ def loop(
         return now, now[0].clone()
 
     first = tuple(torch.stack(divide(s, cell.num_units).unbind(0)) for s in state)  # contiguous, whatever the batch
-    last, outputs = scan_operator(advance, first, [part for part in rows if part is not None])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks for it
+        last, outputs = scan_operator(advance, first, [part for part in rows if part is not None])
     output = unite((outputs.flip(0) if reverse else outputs).transpose(0, 1))
     return output, tuple(unite(s.unsqueeze(1) if state[0].dim() == 3 else s) for s in last), []
 
