@@ -110,20 +110,17 @@ SHARDED: dict[str, Callable[[RIM[Any]], list[nn.Module]]] = {
     "layer": lambda rnn: [rnn],
     "cells": lambda rnn: [*rnn.cells, rnn],
     "cells alone": lambda rnn: [*rnn.cells],
-    "cells by name": lambda rnn: [*rnn.cells],
     "submodules": lambda rnn: [*(getattr(*place) for place in matrices(rnn)), *(cell.dynamics for cell in rnn.cells), rnn],
 }
 
 
 def fsdp(rank: int, sharded: str, options: dict[str, Any]) -> list[dict[str, Tensor]]:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     rnn, mesh = layer(**options), init_device_mesh("cpu", (2,))
     for module in SHARDED[sharded](rnn):
         fully_shard(module, mesh=mesh)
-        if sharded == "cells by name":
-            register_fsdp_forward_method(module, "run")
     return two_steps(rnn, normal(5, 4, 3, seed=0).chunk(2, 1)[rank], lambda grad: grad.full_tensor())  # type: ignore[attr-defined]
 
 
