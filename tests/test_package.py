@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import rim_rnn
@@ -236,6 +237,80 @@ def test_sources_import_nothing_else() -> None:
             for name in names:
                 top = name.partition(".")[0]
                 assert top in sys.stdlib_module_names or top in ("torch", "typing_extensions", "rim_rnn"), (path, name)
+
+
+def test_imports_run_one_way() -> None:
+    """Stages, the definition, operators, cell, layer: each module imports only those before it, and none inside a function."""
+    order = [
+        "units",
+        "recording",
+        "input_attention",
+        "dynamics",
+        "communication",
+        "step",
+        "readable",
+        "native",
+        "cell",
+        "layer",
+    ]
+    assert {f"{name}.py" for name in order} | {"__init__.py"} == MODULES
+    for place, module in enumerate([*order, "__init__"]):
+        tree = ast.parse((SOURCES / f"{module}.py").read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert all(node in tree.body for node in imports), module
+        names = [node.module or "" for node in imports if isinstance(node, ast.ImportFrom)]
+        names += [f"rim_rnn.{a.name}" for node in imports if getattr(node, "module", "") == "rim_rnn" for a in node.names]
+        ours = {name.partition(".")[2] for name in names if name.startswith("rim_rnn.")}
+        assert ours <= set(order[:place]), module
+        if module == "step":
+            assert ours <= set(order[:5])
+
+
+SECOND = """
+import importlib, importlib.metadata, shutil, sys, torch
+
+def not_there(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+importlib.metadata.version = importlib.metadata.distribution = not_there
+import rim_rnn
+
+def forget():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rim_rnn"]:
+        del sys.modules[name]
+
+def train(rnn):
+    rnn(torch.randn(5, 3, 4))[0].sum().backward()
+    return rnn.path(torch.randn(5, 3, 4))
+
+first = rim_rnn.RIM(4, 12)
+train(first)
+forget()
+import rim_rnn as again
+assert again is not rim_rnn
+second = again.RIM(4, 12)
+shutil.copytree(rim_rnn.__path__[0], "copy/rim_rnn", copy_function=shutil.copy2)
+sys.path.insert(0, "copy")
+forget()
+import rim_rnn as copy
+assert copy.__path__ != rim_rnn.__path__
+print(*{train(rnn) for rnn in (first, second, copy.RIM(4, 12))}, sep="\\n")
+forget()
+with open("copy/rim_rnn/readable.py", "a") as file:
+    file.write("SCHEMA += ', int more'\\n_register()\\n")
+import rim_rnn
+"""
+
+
+def test_a_second_import_and_a_copy_in_one_process(tmp_path: Path) -> None:
+    """Without metadata too. A copy with other operators is an ImportError."""
+    environment = os.environ | {"PYTHONPATH": str(SOURCES.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SECOND]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines() == [RIM(4, 12).path(torch.randn(5, 3, 4))], done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "ImportError: another version of rim_rnn has registered its operators in this process"
 
 
 # ---------------------------------------------------------------- public names and signatures
