@@ -400,7 +400,10 @@ class RIM(nn.Module, Generic[StateT]):
         if hx is None:
             first = [cells[0].zero_state(x, 1, batch)] if alone else [cells[0].zero_state(x, batch)] * len(cells)
         else:
-            state: State = cells[0].check_state(hx, too_few=TypeError)
+            in_order = (
+                batch_sizes is not None and sorted_indices is None
+            )  # of nn.LSTM the operator itself looks at these states
+            state: State = cells[0].check_state(hx, too_few=RuntimeError if in_order else TypeError)
             given = state[0].dtype
             state = self._check_hx(cells, weight, state, batch, batched, batch_sizes is not None)
             if sorted_indices is not None:

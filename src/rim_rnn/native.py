@@ -213,14 +213,14 @@ def _traces(
 
 
 def _scan_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    query, weight_ih = rest[0], rest[6]
+    results, query, weight_ih = results_like(input, h, c, *rest), rest[0], rest[6]
     _, k, heads, comm_heads, bounded, _ = rest[-6:]
     total = input.numel() // input.shape[-1]
     u = weight_ih.shape[2] // (3 if c is None else 4)
     n, p, _ = query.shape
     per_winner = heads + 4 * u + (0 if c is None else u) + (2 if bounded and comm_heads else 1) * p + comm_heads * n
     winners = input.new_empty(total, k, dtype=torch.int32)
-    return *results_like(input, h, c, *rest), winners, input.new_empty(total * k * per_winner)
+    return *results, winners, input.new_empty(total * k * per_winner)
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:

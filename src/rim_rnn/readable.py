@@ -226,7 +226,11 @@ def on_one_device(*arguments: Any) -> None:
 def results_like(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs and last states, empty: their shapes without running. A GRU's ``c_n`` has no rows."""
     on_one_device(input, h, c, *rest)
-    weight_ih = rest[6]
+    query, weight_ih = rest[0], rest[6]
+    if input is None or h is None or query is None or weight_ih is None:
+        raise RuntimeError(
+            "rim_rnn: input, h_0, input_attention.query.weight and dynamics.weight_ih should be tensors, got None"
+        )
     output = input.new_empty(*input.shape[:-1], h.shape[-1])
     c_n = input.new_empty(*((0, weight_ih.shape[0] * (weight_ih.shape[2] // 3)) if c is None else c.shape))
     return output, h.new_empty(h.shape), c_n
