@@ -101,15 +101,9 @@ class Step(nn.Module):
 
         Only of stages whose calls do no more than what our classes say: of others a step asks everything by calling them.
         """
-        input_attention, dynamics, communication = self.stages()
-        if not is_plainly_called(self):
-            for stage, method in ((dynamics, "project"), (communication, "weight")):
-                if is_own(stage, method):
-                    raise RuntimeError(
-                        f"a {method} of its own of a {type(stage).__name__} is for all steps at once, which a hook, a forward "
-                        "or a module of its own in the same cell rules out"
-                    )
+        if asks_stages(self):
             return Projected(x, None, None, *keep, None)
+        input_attention, dynamics, communication = self.stages()
         gates = dynamics.project(x, input_attention.value)
         return Projected(x, input_attention.project(x), gates, *keep, communication.weight())
 
@@ -310,20 +304,28 @@ def oddity(cell: nn.Module) -> str | None:
     return "a method was put on the cell"
 
 
-def is_plainly_called(cell: nn.Module) -> bool:
-    """Whether a call of each stage does what the forward of our class says, so that its methods may be used without one."""
-    return exactly_ours(cell) is not None or not (
-        is_any_hooked()
-        or any(
-            module is None
-            or does_more(module)
-            or not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
-            for _, kinds, module in _every_module(cell)
-        )
+def asks_stages(cell: Step) -> bool:
+    """Whether a step has to call the stages for all it wants to know, because a call does more than our classes say."""
+    if exactly_ours(cell) is not None:
+        return False
+    asked = is_any_hooked() or any(
+        module is None
+        or does_more(module)
+        or not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+        for _, kinds, module in _every_module(cell)
     )
+    if asked:
+        _, dynamics, communication = cell.stages()
+        for stage, method in ((dynamics, "project"), (communication, "weight")):
+            if _is_own(stage, method):
+                raise RuntimeError(
+                    f"a {method} of its own of a {type(stage).__name__} is for all steps at once, which a hook, a forward "
+                    "or a module of its own in the same cell rules out"
+                )
+    return asked
 
 
-def is_own(stage: nn.Module, method: str) -> bool:
+def _is_own(stage: nn.Module, method: str) -> bool:
     """Whether a stage has a method that is not that of our class, and the forward of our class, which does not know it."""
     ours = next((k for kinds in MODULES.values() for k in kinds if isinstance(stage, k)), None)
     if ours is None or type(stage).forward is not ours.forward:
