@@ -577,6 +577,14 @@ def test_the_calls_table_has_microseconds(document: dict[str, Any]) -> None:
     assert train.splitlines()[2:] == ["| T=7, N=8, 1 → 9 | 300,000 μs | 300,000 μs | 1.00 |"]
 
 
+def test_a_log_on_other_terms_has_one_table(document: dict[str, Any]) -> None:
+    (table,) = show.tables(document, "../results/avx2/native").values()
+    assert table.splitlines()[2] == "| paper | 100 ms | 2.00 | 300 ms | 1.00 |"
+    assert "A processor, 2 of 4 cores (AVX2)" in table
+    assert table.endswith("    python examples/speed/measure.py")
+    assert list(show.tables(document, "../results/avx2/native")) == ["avx2"]
+
+
 def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path) -> None:
     figures, page = tmp_path / "results" / "native.json", tmp_path / "README.md"
     figures.parent.mkdir()
@@ -603,7 +611,10 @@ def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("log", "page"),
-    [("native", "README.md"), ("native", "docs/performance.md"), ("ablations", "docs/performance.md")],
+    [
+        ("native", "README.md"),
+        *((log, "docs/performance.md") for log in ("native", "ablations", "avx2/native", "kept-memory/native")),
+    ],
 )
 def test_a_page_has_the_figures_of_the_committed_log(log: str, page: str) -> None:
     figures = EXAMPLE / "results" / f"{log}.json"

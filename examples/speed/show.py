@@ -302,8 +302,23 @@ def ablations_table(document: Entry, stem: str) -> str:
     return "\n\n".join([*parts, below, commands(document)])
 
 
+def terms_table(document: Entry, stem: str) -> str:
+    """The cases again, on other terms: times and ratios, and where they come from."""
+    rows = [["case", "forward", "`nn.LSTM` / `RIM`", "forward + backward", "`nn.LSTM` / `RIM`"]]
+    for name, entry in document["cases"].items():
+        ways = [(f"{figure(milliseconds(entry, way, 'RIM'))} ms", times(ratios(entry, way)[1])) for way in WAYS]
+        rows.append([name, *(cell for way in ways for cell in way)])
+    return "\n\n".join([grid(rows, 1), origin(document), commands(document)])
+
+
 def tables(document: Entry, stem: str) -> dict[str, str]:
-    """Every table of a document under the name of its marks. `stem`: the JSON without its ending, as a page refers to it."""
+    """Every table of a document under the name of its marks. `stem`: the JSON without its ending, as a page refers to it.
+
+    A log in a folder of results/ has one, of the folder's name.
+    """
+    folder = Path(stem).parent.name
+    if folder not in ("", "results"):
+        return {folder: terms_table(document, stem)}
     makers = {"speed": cases_table, "floor": floor_table, "scaling": scaling_table, "calls": calls_table}
     if "ablations" in document:
         makers = {"ablations": ablations_table}
