@@ -685,6 +685,7 @@ HUGE: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
     ("communication.query.weight", (4, 2, 2**33), {}),
     ("communication.value.weight", (4, 2, 2**33), {}),
     ("input", (3, 2, 2**31), {}),
+    ("input", (2**50, 2, 5), {}),
     ("input", (2**33, 2, 5), {"batch_sizes": [2**32, 2**32]}),
 ]
 

@@ -132,8 +132,12 @@ def loop(
         return now, now[0].clone()
 
     first = tuple(torch.stack(divide(s, cell.num_units).unbind(0)) for s in state)  # contiguous, whatever the batch
+    asked = next((p for p in cell.parameters() if p.requires_grad), None)
+    if not onnx and asked is not None and torch.is_grad_enabled():
+        # torch 2.10 gets all gradients wrong unless the first state asks for one.
+        first = tuple(torch.where(s.new_zeros((), dtype=torch.bool), asked.flatten()[0], s) for s in first)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks for it
+        warnings.simplefilter("ignore")  # torch warns itself: of being compiled inside an export, of asking for .grad
         last, outputs = scan_operator(advance, first, [part for part in rows if part is not None])
     output = unite((outputs.flip(0) if reverse else outputs).transpose(0, 1))
     return output, tuple(unite(s.unsqueeze(1) if state[0].dim() == 3 else s) for s in last), []

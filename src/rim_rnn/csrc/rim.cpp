@@ -180,7 +180,7 @@ struct Call {
     s.batch = size_of("h_0", a.h, 2 + layered, layered, INT_MAX / 2 / s.n);  // the kernels count pairs of a row and a unit
     if (packed && a.batch_sizes.front() != s.batch) fail("batch_sizes should start at h_0.size(0)=" + std::to_string(s.batch) + ", got " + std::to_string(a.batch_sizes.front()));
     if (!a.input.size(0)) fail("input.size(0) should be positive, got 0");
-    batch_sizes = packed ? a.batch_sizes : std::vector<int64_t>(a.input.size(0), s.batch);
+    batch_sizes = packed ? a.batch_sizes : std::vector<int64_t>(size_of("input", a.input, dims, 0), s.batch);
     int64_t previous = s.batch;
     for (int64_t present : batch_sizes) {
       if (present < 1) fail("batch_sizes should be positive, got " + std::to_string(present));
