@@ -53,6 +53,16 @@ def hostile() -> str:
     return f"{table(['kind of case', *OUTCOMES], rows)}\n\nCalls by path: {paths}. {origin(log)}"
 
 
+def sanitized() -> str:
+    """The same of the last run under the sanitizers, in a sentence."""
+    path = TESTS / "results" / "sanitize.json"
+    if not path.exists():
+        return "*No log of a run is kept yet.*"
+    log = json.loads(path.read_text(encoding="utf-8"))
+    outcomes = sum(map(Counter, log["kinds"].values()), Counter())
+    return f"{outcomes.total():,} cases, {outcomes['failed']} failed. {origin(log)}"
+
+
 def soak() -> str:
     """What the last run that was kept says of memory and graphs."""
     path = TESTS / "results" / "soak.jsonl"
@@ -86,7 +96,7 @@ def origin(log: dict[str, Any]) -> str:
     )
 
 
-TABLES = {f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, hostile, soak)}
+TABLES = {f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, hostile, sanitized, soak)}
 
 
 def fill(text: str) -> str:

@@ -489,7 +489,7 @@ def test_global_hooks(kind: str, place: Place, rnn_cell: str) -> None:
     expected = results(place, module)
     with global_hook(kind, lambda module, *_: calls.append(id(module))):
         assert_same(results(place, module), expected)
-        assert "hook" in reason(place, module)
+        assert native._unavailable is not None or "hook" in reason(place, module)
     for cell in cells_of(module):
         for name, inner in cell.named_modules():
             assert calls.count(id(inner)) == place.steps, name
