@@ -400,9 +400,8 @@ class RIM(nn.Module, Generic[StateT]):
         if hx is None:
             first = [cells[0].zero_state(x, 1, batch)] if alone else [cells[0].zero_state(x, batch)] * len(cells)
         else:
-            in_order = (
-                batch_sizes is not None and sorted_indices is None
-            )  # of nn.LSTM the operator itself looks at these states
+            # Where a packed batch lies in its order, nn.LSTM leaves the states to its operator, which raises another error.
+            in_order = batch_sizes is not None and sorted_indices is None
             state: State = cells[0].check_state(hx, too_few=RuntimeError if in_order else TypeError)
             given = state[0].dtype
             state = self._check_hx(cells, weight, state, batch, batched, batch_sizes is not None)

@@ -242,7 +242,8 @@ def exactly_ours(cell: nn.Module) -> tuple[nn.Module, ...] | None:
     for module in found:
         if does_more(module):
             return None
-    for module in (cell, *found[:1], *found[4:6]):
+    stages = found[0], found[4], found[5]
+    for module in (cell, *stages):
         if _has_method(module):
             return None
     ours: tuple[nn.Module, ...] = found
@@ -271,6 +272,7 @@ def is_any_hooked() -> bool:
 
 
 def _has_method(module: nn.Module) -> bool:
+    """Whether one of :data:`METHODS` was put on this instance."""
     if torch.compiler.is_compiling():  # torch 2.10 can not look into isdisjoint
         return any([name in module.__dict__ for name in METHODS])  # noqa: C419
     return not METHODS.isdisjoint(module.__dict__)
