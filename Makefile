@@ -21,8 +21,8 @@ $(VENV)/tools: $(VENV)/ready
 	touch $@
 
 demo: setup
-	python examples/study/train.py --data_dir examples/study/digits --hidden_size 120 --input_size 4 \
-	    --input_dropout 0 --comm_dropout 0 --lr 3e-3 --lr_schedule cosine --epochs 20 --log_dir runs/demo --loadsaved
+	python examples/study/study.py examples/study/demo.toml --data_dir examples/study/digits --jobs 2 --seeds 0
+	python examples/study/study_report.py examples/study/demo.toml --seeds 0
 
 check: setup $(VENV)/tools docs
 	ruff format --check

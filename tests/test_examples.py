@@ -31,7 +31,7 @@ MNIST = ROOT.parent / "shared" / "mnist"
 SHIPPED = EXAMPLE / "digits"
 FILES = [f"{part}-ubyte.gz" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
 
-sys.path.insert(0, str(EXAMPLE))
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent)]
 
 import arguments  # noqa: E402
 import checkpoint  # noqa: E402
@@ -42,6 +42,7 @@ import study  # noqa: E402
 import study_report  # noqa: E402
 import train  # noqa: E402
 import trainer  # noqa: E402
+from common import marks  # noqa: E402
 from model import Model  # noqa: E402
 from processes import Processes  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
@@ -174,9 +175,9 @@ def test_zeros_fill_up_the_last_step() -> None:
 
 def test_the_shipped_digits_are_balanced_and_small() -> None:
     train_digits, test_digits = mnist.load(str(SHIPPED))
-    assert train_digits.labels.bincount().tolist() == [500] * 10
-    assert test_digits.labels.bincount().tolist() == [100] * 10
-    assert sum(len(content) for content in contents(SHIPPED).values()) <= 1_000_000
+    assert train_digits.labels.bincount().tolist() == [1000] * 10
+    assert test_digits.labels.bincount().tolist() == [200] * 10
+    assert sum(len(content) for content in contents(SHIPPED).values()) <= 2_000_000
 
 
 @pytest.mark.skipif(not MNIST.exists(), reason="MNIST is not here")
@@ -445,19 +446,23 @@ def test_it_learns(run: Callable[..., None], tmp_path: Path) -> None:
     assert last["train_accuracy"] > 0.9
 
 
+@pytest.mark.parametrize("test_every", [1, 3])
 def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
-    run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Here with accuracies that are made up, so that it is the second of four epochs."""
+    test_every: int, run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Here with accuracies that are made up, so that it is the second of four epochs; it has its tests in any case."""
     made_up, real = iter((0.2, 0.6, 0.4, 0.6)), trainer.Trainer.measure
 
-    def measure(self: trainer.Trainer, examples: Any, title: str) -> dict[str, float]:
-        return real(self, examples, title) | ({"accuracy": next(made_up)} if title == "validation" else {})
+    def measure(self: trainer.Trainer, examples: Any, title: str, *model: Any) -> dict[str, float]:
+        return real(self, examples, title, *model) | ({"accuracy": next(made_up)} if title == "validation" else {})
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "measure", measure)
-        run("--valid", 9, "--epochs", 4, "--lr", 0.03, "--eval_sizes", 15, "--log_dir", tmp_path)
+        args = ["--valid", 9, "--epochs", 4, "--lr", 0.03, "--eval_sizes", 15, "--test_every", test_every]
+        run(*args, "--log_dir", tmp_path)
     header, *epochs = read_log(tmp_path)
+    assert [bool(line["test_accuracy"]) for line in epochs] == [test_every == 1, True, True, True]
     task, model = prepared(header)
     whole = mnist.load(header["arguments"]["data_dir"])[0].sequences(14, 14)
     assert torch.equal(task.train(0).inputs, whole[:-9])
@@ -475,9 +480,21 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     accuracy = f"{100 * best['test_accuracy']['15']:.1f}"
     expected = f"| RIM, epoch 2 | validation | 15x15 |\n| --- | ---: | ---: |\n| accuracy, % | 60.0 | {accuracy} |\n"
     assert expected in capsys.readouterr().out
+    assert epochs == saved["metrics"]
+    expected = [f"{accuracy} |", f"60.0 | {accuracy} |"]  # what is validated now was not made up
     run("--no-train", "--log_dir", tmp_path, small=False)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| accuracy"))
-    assert line.endswith(f" | {accuracy} |")
+    assert_evaluated(expected, capsys)
+    alone = tmp_path / "elsewhere"
+    alone.mkdir()
+    (alone / checkpoint.WEIGHTS).write_bytes((tmp_path / checkpoint.WEIGHTS).read_bytes())
+    run("--no-train", "--log_dir", alone, "--data_dir", header["arguments"]["data_dir"], small=False)
+    assert_evaluated(expected, capsys)
+
+
+def assert_evaluated(endings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of what was evaluated, and below it that of the log."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| accuracy")]
+    assert all(line.endswith(ending) for line, ending in zip(lines, endings, strict=True))
 
 
 def test_no_size_of_test_at_all(run: Callable[..., None], tmp_path: Path) -> None:
@@ -551,6 +568,26 @@ def test_every_rim_argument_reaches_the_rim() -> None:
     assert shapes["communication.value.weight"] == (5, 4, 3 * 8)
     assert (cell.k, cell.input_dropout, cell.comm_dropout) == (2, 0.25, 0.75)
     assert model_of("--hidden_size 60").rnn.cells[0].input_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    "kind", ["--model LSTM", "--num_units 3 --num_comm_heads 0", "--num_units 3 --num_comm_heads 0 --rnn_cell GRU"]
+)
+def test_a_forget_bias_makes_a_state_stay_and_changes_nothing_else(kind: str) -> None:
+    built, kept = [], []
+    for text in (f"--hidden_size 12 {kind}", f"--hidden_size 12 {kind} --forget_bias 30"):
+        torch.manual_seed(0)
+        built.append(model_of(text))
+        h_0, c_0 = torch.full((1, 1, 12), 0.5), torch.full((1, 1, 12), 7.0)
+        gru = built[-1].rnn.mode == "GRU"
+        with torch.no_grad():
+            _, last = built[-1].rnn(torch.ones(1, 1, 10), h_0 if gru else (h_0, c_0))
+        kept.append((last - h_0 if gru else last[1] - c_0).abs().max().item())
+    pairs = zip(built[0].named_parameters(), built[1].parameters(), strict=True)
+    (name,) = (name for (name, plain), biased in pairs if not torch.equal(plain, biased))
+    assert "bias_hh" in name
+    assert kept[1] < (1e-6 if gru else 1)  # an LSTM adds up to 1 to what it has kept
+    assert kept[0] > (0.01 if gru else 1)
 
 
 def test_whether_communication_is_bounded_is_said_only_where_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -804,7 +841,10 @@ def test_a_changed_commit_is_noted_when_a_run_goes_on(
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ([], "checkpoint.pt, metrics.jsonl, curves.png, units.png, activity.json of an earlier run; .*--loadsaved goes on"),
+        (
+            [],
+            "checkpoint.pt, metrics.jsonl, weights.pt, curves.png, units.png, activity.json of an earlier run; .*--loadsaved",
+        ),
         (["--seed", 1], "of an earlier run"),
         (["--loadsaved", "--seed", 1], "holds a run with other arguments: seed 0, not 1"),
         (["--loadsaved", "--task", "sequential_mnist", "--size", 13], "size 14, not 13"),
@@ -829,7 +869,9 @@ def test_a_second_run_that_does_not_fit_loses_nothing(
 def test_a_log_without_its_checkpoint_is_not_overwritten(flags: list[str], finished: Path, refused: Callable[..., str]) -> None:
     (finished / checkpoint.CHECKPOINT).unlink()
     before = contents(finished)
-    assert "metrics.jsonl, curves.png, units.png, activity.json of an earlier run" in refused(*flags, "--log_dir", finished)
+    assert "metrics.jsonl, weights.pt, curves.png, units.png, activity.json of an earlier run" in refused(
+        *flags, "--log_dir", finished
+    )
     assert contents(finished) == before
 
 
@@ -942,7 +984,7 @@ def test_no_train_evaluates_the_saved_model_and_leaves_the_run_alone(
     assert f"| RIM | 15x15 | 20x20 |\n| --- | ---: | ---: |\n| accuracy, % | {100 * accuracy:.1f} | " in capsys.readouterr().out
     after = contents(finished)
     assert [name for name in after if after[name] != before.get(name)] in ([], [report.UNITS])
-    assert "checkpoint.pt: no such file" in refused("--no-train", "--log_dir", tmp_path / "nothing")
+    assert "weights.pt: no such file" in refused("--no-train", "--log_dir", tmp_path / "nothing")
 
 
 def test_table_and_curves_come_from_the_log_alone(
@@ -1078,12 +1120,17 @@ def test_a_study_is_stopped_goes_on_and_is_reported(
     printed = capsys.readouterr().out
     assert re.search("3 runs, [23] of them not finished", printed)
     assert all(f"copying, {name} is finished" in printed for name in ("RIM 3/2, seed 1", "LSTM, seed 0"))
+    assert "copying, LSTM, seed 0: epoch 2/2  train loss" in printed
     text = "--task copying --no-cuda --size 3 --eval_sizes 3 5 --hidden_size 12 --epochs 2 --batch_size 16 --examples 400"
     text += " --test_examples 40 --valid 40 --lr 1e-2 --num_units 3"
     run(*text.split(), "--log_dir", tmp_path / "alone", small=False)
     assert_same_run(tmp_path / "alone", log_dirs[0])
     command(study)
     assert "3 runs, 0 of them not finished" in capsys.readouterr().out
+    command(study, "--seeds", 1)
+    assert "1 runs, 0 of them not finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has no row with seed 2 or 3"):
+        command(study, "--seeds", 2, 3)
 
     command(study_report)
     printed = capsys.readouterr().out
@@ -1102,7 +1149,7 @@ def test_a_study_goes_on_past_a_run_that_fails(
 
     def stand_in(row: study.Row, seed: int, args: Namespace) -> subprocess.Popen[bytes]:
         log_dir = row.log_dir(args.runs, seed)
-        log_dir.mkdir(parents=True)
+        log_dir.mkdir(parents=True, exist_ok=True)
         with open(log_dir / study.OUTPUT, "w") as output:
             output.write("begins\nerror: no space\n")
         return subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({seed})"])
@@ -1115,11 +1162,17 @@ def test_a_study_goes_on_past_a_run_that_fails(
     assert "copying, LSTM, seed 0 is finished" in printed
 
 
+HEADER = {
+    "commit": "0123456789abcdef", "torch": "2.99", "python": "3.99", "platform": "Linux-1", "device": "a processor",
+    "began": "2026-01-01T00:00:00+00:00",
+}  # fmt: skip
+
+
 def fake_log(row: study.Row, runs: Path, seed: int, accuracies: list[float], chosen: int) -> None:
     """A log with the same accuracy in validation and tests, and its tenth for a loss."""
     log_dir = row.log_dir(runs, seed)
     log_dir.mkdir(parents=True)
-    lines: list[dict[str, Any]] = [{"task": row.task, "arguments": vars(row.arguments) | {"seed": seed}}]
+    lines: list[dict[str, Any]] = [HEADER | {"task": row.task, "arguments": vars(row.arguments) | {"seed": seed}}]
     for epoch, accuracy in enumerate(accuracies, 1):
         line: dict[str, Any] = {"epoch": epoch, "seconds": 50.0, "evaluation_seconds": 10.0, "chosen": min(chosen, epoch)}
         for name, value in (("accuracy", accuracy), ("loss", accuracy / 10)):
@@ -1171,17 +1224,45 @@ def test_a_study_that_cannot_be_run_is_refused_at_once(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["study.toml", "search.toml"])
+def test_a_study_is_published_and_its_tables_put_into_a_page(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    rim = study.read(tmp_path / "tiny.toml")[0]
+    fake_log(rim, tmp_path / "runs", 0, [0.8, 0.6], chosen=1)
+    fake_log(rim, tmp_path / "runs", 1, [0.5, 0.7], chosen=2)
+    (rim.log_dir(tmp_path / "runs", 0) / report.UNITS).write_bytes(b"a picture")
+    command(study_report, "--publish", tmp_path / "results")
+    assert capsys.readouterr().out == (tmp_path / "results" / study_report.TABLE).read_text() + "\n"
+    assert (rim.log_dir(tmp_path / "results", 0) / report.UNITS).read_bytes() == b"a picture"
+    published = [rim.epochs(tmp_path / folder, 1) for folder in ("runs", "results")]
+    assert published[0] == published[1]
+
+    page = tmp_path / "page.md"
+    begin, end = marks("tiny, copying, in short", study_report.WRITER)
+    page.write_text(f"# Title\n{begin}\n{end}\nThe rest.\n")
+    command(study_report, "--rows", "RIM 3/2", "--write", page)
+    assert page.read_text() == (
+        f"# Title\n{begin}\n| cross-entropy | seeds | 3 | 5 |\n| --- | ---: | ---: | ---: |\n"
+        f"| RIM 3/2 | 0, 1 | 0.075 ± 0.007 | 0.037 ± 0.004 |\n{end}\nThe rest.\n"
+    )
+    command(study_report, "--rows", "RIM 3/2", "--check", page)
+    with pytest.raises(SystemExit, match="not the tables of"):
+        command(study_report, "--check", page)  # the LSTM is missing
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["study.toml", "search.toml", "demo.toml"])
 def test_every_row_of_the_studies_can_be_built_and_is_in_the_table(name: str, tmp_path: Path) -> None:
     rows = study.read(EXAMPLE / name)
-    text = study_report.write(Namespace(runs=tmp_path), rows)
+    text = study_report.write(Namespace(runs=tmp_path, study=Path("x.toml"), seeds=None), rows)
     for row in rows:
         assert f"| {row.name}, *no epoch yet* |" in text
         args = Namespace(**vars(row.arguments) | {"comm_bounded": None})  # no size depends on it
         with torch.device("meta"):
             model = Model(args, Namespace(input_size=1, outputs=10, read_steps=1))
         assert isinstance(model.rnn, torch.nn.LSTM if args.model == "LSTM" else RIM)
-        assert args.valid > 0
+        assert args.valid > 0 or name == "demo.toml"
         assert name != "search.toml" or args.eval_sizes == [], "a search that looks at test examples"
 
 
@@ -1191,12 +1272,13 @@ def test_the_error_of_a_sum_is_beside_that_of_a_constant_guess(tmp_path: Path) -
     rows = study.read(tmp_path / "tiny.toml")
     log_dir = rows[1].log_dir(tmp_path, 0)
     log_dir.mkdir(parents=True)
-    lines: list[dict[str, Any]] = [{"arguments": vars(rows[1].arguments)}]
+    lines: list[dict[str, Any]] = [HEADER | {"arguments": vars(rows[1].arguments)}]
     for epoch in (1, 2):
         line = {"epoch": epoch, "seconds": 9.0, "evaluation_seconds": 3.0}
         lines.append(line | {"test_loss": {"3": 0.1, "5": 0.2}, "test_constant": {"3": 0.16, "5": 0.17}})
     (log_dir / checkpoint.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = study_report.write(Namespace(runs=tmp_path), rows)
+    table = study_report.write(Namespace(runs=tmp_path, study=Path("x.toml"), seeds=None), rows)
     assert "| LSTM | 0 | last: 2 |  | 0.1000 | 0.2000 | 0.4 min |\n| always 1 |  |  |  | 0.1600 | 0.1700 |  |\n" in table
     assert "![curves](adding/curves.png)" in table
+    assert "\n\na processor, Linux; torch 2.99; Python 3.99; commit 0123456789ab; begun 2026-01-01.\n" in table
     assert not (tmp_path / "adding" / "units.png").exists()

@@ -24,7 +24,7 @@ from rim_rnn import RIM, native
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "speed"
 
-sys.path.insert(0, str(EXAMPLE))
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent)]
 
 import ablations  # noqa: E402
 import cases  # noqa: E402
@@ -32,6 +32,7 @@ import measure  # noqa: E402
 import show  # noqa: E402
 from ablations import ABLATIONS, Ablation  # noqa: E402
 from cases import Case, flops  # noqa: E402
+from common import marks  # noqa: E402
 
 ACT = ["cases", "--cases", "act"]
 
@@ -589,7 +590,7 @@ def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path)
     figures, page = tmp_path / "results" / "native.json", tmp_path / "README.md"
     figures.parent.mkdir()
     figures.write_text(show.dump(document))
-    (begin, end), (floor, floor_end) = show.marks("speed"), show.marks("floor")
+    (begin, end), (floor, floor_end) = marks("speed", show.WRITER), marks("floor", show.WRITER)
     page.write_text(f"# Title\n\n{begin}\nold\n{end}\n\nThe rest.\n{floor}\n{floor_end}\n")
     with pytest.raises(SystemExit, match=r"README\.md: not the tables of .*native\.json"):
         show.main([str(figures), "--check", str(page)])
@@ -622,7 +623,7 @@ def test_a_page_has_the_figures_of_the_committed_log(log: str, page: str) -> Non
         show.main([str(figures), "--check", str(ROOT / page)])
         assert not json.loads(figures.read_text())["setup"]["smoke"]
     else:
-        begin, end = show.marks(log)
+        begin, end = marks(log, show.WRITER)
         assert f"\n{begin}\n{show.NOT_YET}\n{end}\n" in (ROOT / page).read_text()
 
 

@@ -37,9 +37,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-import show
+import show  # lets common be found
 import torch
 from cases import BASE, CALLS, CASES, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
+from common import cpu
 from torch.nn import functional as F
 
 import rim_rnn
@@ -244,17 +245,6 @@ def commit() -> str | None:
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return f"{git('rev-parse', '--short=12', 'HEAD')}{'+' if git('status', '--porcelain', '.') else ''}"
-
-
-def cpu() -> str:
-    """The processor's name, and on x86 the numbers that tell its generation where the name does not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        numbers = [f"{word} {about[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in about]
-        return " ".join([about["model name"], *[f"({', '.join(numbers)})"] * bool(numbers)])
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
 
 
 ISA_VARIABLES = ("RIM_RNN_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")

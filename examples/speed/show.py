@@ -17,6 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
+sys.path.append(str(Path(__file__).parents[1]))
+from common import put
+
 plt.switch_backend("Agg")  # needs no display
 
 Entry = dict[str, Any]
@@ -27,6 +30,7 @@ GROUPS = {
     "readable": "without, on the readable path",
     "lost": "another way, instead of what is there",
 }
+WRITER = "examples/speed/show.py"
 NOT_YET = "Not measured yet."
 
 INK, FAINT, GRID = "#22252a", "#8b9098", "#e3e5e8"
@@ -325,31 +329,10 @@ def tables(document: Entry, stem: str) -> dict[str, str]:
     return {name: maker(document, stem) for name, maker in makers.items()}
 
 
-def marks(name: str) -> tuple[str, str]:
-    """The lines before and after a table."""
-    return f"<!-- {name}: written by examples/speed/show.py -->", f"<!-- {name}: end -->"
-
-
-def put(page: str, tables: dict[str, str]) -> str:
-    """`page` with each table that it has marks for between them; it has to have some."""
-    found = False
-    for name, table in tables.items():
-        begin, end = marks(name)
-        if begin not in page and end not in page:
-            continue
-        if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-            raise ValueError(f"expected one line {begin} and after it one line {end}")
-        before, rest = page.split(begin)
-        page, found = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", True
-    if not found:
-        raise ValueError(f"expected one line {' or '.join(marks(name)[0] for name in tables)}")
-    return page
-
-
 def filled(page: Path, json_file: Path, document: Entry) -> str:
     """The page's text with the document's tables."""
     stem = os.path.relpath(json_file.with_suffix(""), page.parent)
-    return put(page.read_text(), tables(document, Path(stem).as_posix()))
+    return put(page.read_text(), tables(document, Path(stem).as_posix()), WRITER)
 
 
 def draw_ratios(document: Entry, path: Path) -> None:

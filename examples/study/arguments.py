@@ -32,6 +32,12 @@ def build_parser(task: str, description: str | None = None) -> argparse.Argument
     add("--size", type=positive, default=kind.size, help=f"trained at this size, in {kind.size_title} (default: %(default)s)")
     sizes = " ".join(map(str, kind.eval_sizes))
     add("--eval_sizes", type=positive, nargs="*", default=kind.eval_sizes, help=f"tested at these (default: {sizes})")
+    add(
+        "--test_every",
+        type=positive,
+        default=1,
+        help="epochs from test to test; the last one and the chosen one always (default: 1)",
+    )
     kind.add_arguments(add)
     add = parser.add_argument_group("the training").add_argument
     add("--epochs", type=positive, default=100, help="(default: %(default)s)")
@@ -46,6 +52,7 @@ def build_parser(task: str, description: str | None = None) -> argparse.Argument
     add("--model", choices=["RIM", "LSTM"], default="RIM", help="(default: %(default)s)")
     add("--hidden_size", type=positive, default=600, help="of the state, all units together (default: %(default)s)")
     add("--embed", type=int, default=0, help="size of a linear embedding of each input; 0: none (default: 0)")
+    add("--forget_bias", type=float, default=0.0, help="added to the forget gates' bias at the start; GRU: update (default: 0)")
     add = parser.add_argument_group("the RIM (default where none is given: that of rim_rnn.RIM)").add_argument
     add("--num_units", type=int, help="number of units; 6 for a hidden_size of 600")
     add("--k", type=int, help="active units per step; 4 of 6 units")
@@ -93,7 +100,8 @@ def parse(description: str | None, argv: list[str] | None = None) -> tuple[argpa
     args, _ = parser.parse_known_args(argv)
     saved = None
     if not args.train or (args.loadsaved and Path(args.log_dir, checkpoint.CHECKPOINT).exists()):
-        saved = checkpoint.load(Path(args.log_dir))
+        whole = args.train or Path(args.log_dir, checkpoint.CHECKPOINT).exists()
+        saved = checkpoint.load(Path(args.log_dir), checkpoint.CHECKPOINT if whole else checkpoint.WEIGHTS)
         there = saved["header"]["task"]
         if there not in TASKS or task not in (None, there):
             raise checkpoint.CheckpointError(f"{args.log_dir} holds a run of another task: {there}")

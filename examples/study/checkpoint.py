@@ -2,6 +2,7 @@
 
 `checkpoint.pt` is the whole state of the run, `metrics.jsonl` its log: a line that says what ran, then a line per epoch.
 The checkpoint repeats the log, so that a run that continues writes again what it had written then, no more and no less.
+`weights.pt` comes at the end, and is all that an evaluation needs: the log, and the weights of the epoch that counts.
 """
 
 import io
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor
 
 HEADER = ("task", "arguments", "processes", "data", "commit", "torch")
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "weights.pt"
 METRICS = "metrics.jsonl"
 PARTS = {
-    "header": dict, "metrics": list, "progress": dict, "model": dict, "average": dict, "best": dict,
-    "optimizer": dict, "scheduler": dict, "generators": dict,
+    WEIGHTS: {"header": dict, "metrics": list, "best": dict},
+    CHECKPOINT: {
+        "header": dict, "metrics": list, "progress": dict, "model": dict, "average": dict, "best": dict,
+        "optimizer": dict, "scheduler": dict, "generators": dict,
+    },
 }  # fmt: skip
 
 
@@ -29,15 +33,15 @@ class CheckpointError(ValueError):
     """A `log_dir` does not hold what it should; the message names it."""
 
 
-def save(log_dir: Path, state: dict[str, Any]) -> None:
+def save(log_dir: Path, state: dict[str, Any], name: str = CHECKPOINT) -> None:
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    replace(log_dir / CHECKPOINT, buffer.getvalue())
+    torch.save({part: state[part] for part in PARTS[name]}, buffer)
+    replace(log_dir / name, buffer.getvalue())
 
 
-def load(log_dir: Path) -> dict[str, Any]:
-    """The whole state of the run, on the CPU, each byte checked."""
-    path = log_dir / CHECKPOINT
+def load(log_dir: Path, name: str = CHECKPOINT) -> dict[str, Any]:
+    """The whole state of the run, or what `WEIGHTS` holds of it, on the CPU, each byte checked."""
+    path = log_dir / name
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
@@ -48,12 +52,12 @@ def load(log_dir: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything on its way through the unpickler
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one: {error}") from error
-    for name, kind in PARTS.items():
-        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
-            raise CheckpointError(f"{path}: not a checkpoint of this example: it has no {kind.__name__} named {name}")
-    for name in HEADER:
-        if name not in state["header"]:
-            raise CheckpointError(f"{path}: not a checkpoint of this example: its header has no {name}")
+    for part, kind in PARTS[name].items():
+        if not isinstance(state, dict) or not isinstance(state.get(part), kind):
+            raise CheckpointError(f"{path}: not a checkpoint of this example: it has no {kind.__name__} named {part}")
+    for entry in HEADER:
+        if entry not in state["header"]:
+            raise CheckpointError(f"{path}: not a checkpoint of this example: its header has no {entry}")
     return state
 
 

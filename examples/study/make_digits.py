@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tasks.sequential_mnist import Digits, load
 
-PER_CLASS = {"train": 500, "t10k": 100}
+PER_CLASS = {"train": 1000, "t10k": 200}
 
 
 def first_of_each_class(digits: Digits, count: int) -> Digits:

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+import torch
 from tasks import Task
 from torch import Tensor, nn
 
@@ -40,7 +41,18 @@ class Model(nn.Module):
         else:
             self.rnn = nn.LSTM(input_size, args.hidden_size, batch_first=True)
         self.readout = nn.Linear(args.hidden_size, task.outputs)
+        if args.forget_bias:
+            remember(self.rnn, args.forget_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         output, _ = self.rnn(self.embed(x))
         return self.readout(output[:, -self.read_steps :])
+
+
+@torch.no_grad()
+def remember(rnn: nn.Module, bias: float) -> None:
+    """Adds `bias` to the gate that keeps the old state, in an LSTM and in a GRU the second one."""
+    gates = 3 if rnn.mode == "GRU" else 4
+    for name, parameter in rnn.named_parameters():
+        if "bias_hh" in name:
+            parameter.chunk(gates, -1)[1].add_(bias)

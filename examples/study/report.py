@@ -22,7 +22,7 @@ from rim_rnn import record
 plt.switch_backend("Agg")  # needs no display
 
 CURVES, UNITS, ACTIVITY = "curves.png", "units.png", "activity.json"
-FILES = (checkpoint.CHECKPOINT, checkpoint.METRICS, CURVES, UNITS, ACTIVITY)
+FILES = (checkpoint.CHECKPOINT, checkpoint.METRICS, checkpoint.WEIGHTS, CURVES, UNITS, ACTIVITY)
 AVERAGED, AT_ONCE = 500, 100  # sequences over which activity is averaged, and recorded at a time
 
 INK, PAPER, FAINT, WRONG = "#22252a", "#ffffff", "#8b9098", "#c0392b"
@@ -70,7 +70,7 @@ def table(header: dict[str, Any], results: dict[str, Any]) -> str:
 def draw_curves(path: Path, header: dict[str, Any], epochs: list[dict[str, Any]]) -> None:
     """Each measure over the epochs, on the training examples, the held-out ones, and at each size of test."""
     args, task = header["arguments"], TASKS[header["task"]]
-    sizes = list(epochs[0][f"test_{next(iter(task.measures))}"])
+    sizes = list(epochs[-1][f"test_{next(iter(task.measures))}"])
     shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(sizes)))
     steps = [line["epoch"] for line in epochs]
     with plt.rc_context(STYLE):
@@ -82,8 +82,9 @@ def draw_curves(path: Path, header: dict[str, Any], epochs: list[dict[str, Any]]
                 valid = [measure.factor * line[f"valid_{name}"] for line in epochs]
                 axis.plot(steps, valid, color=INK, ls=":", marker=".", label=f"validation, {task.label(args['size'])}")
             for size, shade in zip(sizes, shades, strict=True):
-                test = [measure.factor * line[f"test_{name}"][size] for line in epochs]
-                axis.plot(steps, test, color=shade, marker=".", label=f"test, {task.label(size)}")
+                tested = [line for line in epochs if size in line[f"test_{name}"]]
+                test = [measure.factor * line[f"test_{name}"][size] for line in tested]
+                axis.plot([line["epoch"] for line in tested], test, color=shade, marker=".", label=f"test, {task.label(size)}")
             axis.set(xlabel="epoch", title=measure.title, ylim=(0, 100) if name == "accuracy" else (0, None))
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(axis="y", color="#e6e8eb", linewidth=0.8)

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import arguments
 import checkpoint
@@ -122,7 +123,6 @@ def read_row(path: Path, content: dict[str, Any], given: dict[str, Any]) -> Row:
 
 def start(row: Row, seed: int, args: Namespace) -> subprocess.Popen[bytes]:
     log_dir = row.log_dir(args.runs, seed)
-    log_dir.mkdir(parents=True, exist_ok=True)
     given: dict[str, Any] = {"seed": seed, "log_dir": log_dir, "loadsaved": True}
     if args.data_dir and "data_dir" in row.arguments:
         given["data_dir"] = args.data_dir
@@ -136,6 +136,13 @@ def start(row: Row, seed: int, args: Namespace) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
+class Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    log_dir: Path
+    output: TextIO
+    """What it prints, from here on."""
+
+
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
@@ -143,29 +150,37 @@ def say(text: str) -> None:
 def run(rows: list[Row], args: Namespace) -> list[str]:
     """Starts what is not finished, `args.jobs` at a time; the names of runs that failed."""
     waiting = [(row, seed) for row in rows for seed in row.seeds if not row.finished(args.runs, seed)]
-    running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+    running: dict[str, Running] = {}
     failed: list[str] = []
     stopping = False
 
     def stop() -> None:
         nonlocal stopping
         stopping = True
-        for process, _ in running.values():
-            process.terminate()
+        for name in running:
+            running[name].process.terminate()
 
     say(f"{sum(len(row.seeds) for row in rows)} runs, {len(waiting)} of them not finished")
-    with asked_to_stop(stop):
+    with asked_to_stop(stop), ExitStack() as opened:
         while running or (waiting and not stopping):
             while waiting and len(running) < args.jobs and not stopping:
                 row, seed = waiting.pop(0)
                 name = f"{row.task}, {row.name}, seed {seed}"
                 log_dir = row.log_dir(args.runs, seed)
                 say(f"{name} begins: {log_dir / OUTPUT}")
-                running[name] = start(row, seed, args), log_dir
+                log_dir.mkdir(parents=True, exist_ok=True)
+                (log_dir / OUTPUT).touch()
+                output = opened.enter_context(open(log_dir / OUTPUT, errors="replace"))
+                output.seek(0, os.SEEK_END)
+                running[name] = Running(start(row, seed, args), log_dir, output)
                 if stopping:  # asked to while it was starting
-                    running[name][0].terminate()
-            for name, (process, log_dir) in list(running.items()):
-                if process.poll() is None:
+                    running[name].process.terminate()
+            for name, (process, log_dir, output) in list(running.items()):
+                ended = process.poll() is not None
+                for line in output:
+                    if line.startswith("epoch "):
+                        say(f"{name}: {line.rstrip()}")
+                if not ended:
                     continue
                 del running[name]
                 if process.returncode == 0:
@@ -185,6 +200,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("study", type=Path, help="the file with the rows")
     parser.add_argument("--runs", type=Path, help="folder for logs and checkpoints (default: runs/ and the file's name)")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
     return parser
 
 
@@ -195,7 +211,13 @@ def parse(parser: argparse.ArgumentParser) -> tuple[Namespace, list[Row]]:
     unknown = set(args.rows or []) - {row.name for row in rows}
     if unknown:
         raise StudyError(f"{args.study}: has no row named {min(unknown)}")
-    return args, [row for row in rows if not args.rows or row.name in args.rows]
+    rows = [row for row in rows if not args.rows or row.name in args.rows]
+    if args.seeds:
+        rows = [row._replace(seeds=[seed for seed in row.seeds if seed in args.seeds]) for row in rows]
+    rows = [row for row in rows if row.seeds]
+    if not rows:
+        raise StudyError(f"{args.study}: has no row with seed {' or '.join(map(str, args.seeds))}")
+    return args, rows
 
 
 def main() -> None:

@@ -1,12 +1,16 @@
 """Turns the logs of a study into tables and pictures, at any moment: what is not finished is marked.
 
-    python study_report.py study.toml        # from runs/study, into the same folder
+    python study_report.py study.toml                    # from runs/study, into the same folder
+    python study_report.py study.toml --publish FOLDER   # the logs, too, are copied into FOLDER, and reported from there
+    python study_report.py study.toml --runs FOLDER --write README.md    # puts tables between README's marks
+    python study_report.py study.toml --runs FOLDER --check README.md    # fails unless what stands there is this
 
 For each task: a table of each measure; the first measure against size and over the epochs; how often each unit was active
 where. Nothing but the logs is read, `metrics.jsonl` and `activity.json` of each run.
 """
 
 import json
+import shutil
 import statistics
 import sys
 from argparse import Namespace
@@ -16,11 +20,14 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from report import ACTIVITY, FAINT, STYLE, chosen, draw_guess, markdown
+from checkpoint import METRICS, replace
+from common import put
+from report import ACTIVITY, FAINT, STYLE, UNITS, chosen, draw_guess, markdown
 from study import Row, StudyError, build_parser, parse
 from tasks import TASKS, Task
 from tasks.task import Measure
 
+WRITER = "examples/study/study_report.py"
 TABLE = "table.md"
 NOTE = """\
 Mean ± standard deviation over seeds. The chosen epoch is the best one on the validation examples, which are of the size of
@@ -33,6 +40,7 @@ class Run(NamedTuple):
 
     row: Row
     seed: int
+    header: dict[str, Any]
     epochs: list[dict[str, Any]]
 
     @property
@@ -56,7 +64,8 @@ def collect(rows: list[Row], folder: Path) -> list[Group]:
     """For each row its finished runs, then its unfinished ones, then those without an epoch, where there are any."""
     groups = []
     for row in rows:
-        runs = [Run(row, seed, row.epochs(folder, seed)[1:]) for seed in row.seeds]
+        logs = [(seed, row.epochs(folder, seed) or [{}]) for seed in row.seeds]
+        runs = [Run(row, seed, log[0], log[1:]) for seed, log in logs]
         done = [run for run in runs if run.finished]
         begun = [run for run in runs if run.epochs and not run.finished]
         rest = [run for run in runs if not run.epochs]
@@ -142,7 +151,8 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
         color = shades(index % shades.N)
         for axis, (_, pick) in zip(figures["curves"][1][0], panels, strict=True):
             values = curves(group, pick, measure.factor)
-            draw_band(axis, list(range(1, values.shape[1] + 1)), values, group, color)
+            epochs = np.flatnonzero(~np.isnan(values).any(0))  # those of which all runs have it
+            draw_band(axis, list(epochs + 1), values[:, epochs], group, color)
         results = [chosen(run.epochs)[f"test_{name}"] for run in group.runs]
         values = measure.factor * np.array([[result.get(str(size), np.nan) for size in sizes] for result in results])
         draw_band(against_size, sizes, values, group, color)
@@ -188,6 +198,45 @@ def draw_activity(folder: Path, task: type[Task], runs: list[tuple[Run, dict[str
     plt.close(figure)
 
 
+def short_table(task: type[Task], groups: list[Group]) -> str:
+    """The first measure at each size, a line for each group of runs: the epoch that counts."""
+    (name, measure), sizes = next(iter(task.measures.items())), test_sizes(groups)
+    rows = [[measure.title, "seeds", *map(task.label, sizes)]]
+    for group in groups:
+        lines = [chosen(run.epochs) for run in group.runs if run.epochs]
+        results = cells(lines, name, sizes, measure)[1:] if lines else [""] * len(sizes)
+        rows.append([group.name, ", ".join(str(run.seed) for run in group.runs), *results])
+    return markdown(rows)
+
+
+def origin(headers: list[dict[str, Any]]) -> str:
+    """Where the figures come from."""
+    commits = {place["commit"] for header in headers for place in (header, *header.get("resumed", []))}
+    days = sorted(header["began"][:10] for header in headers)
+    kinds = [
+        {f"{header['device']}, {header['platform'].split('-')[0]}" for header in headers},
+        {f"torch {place['torch']}" for header in headers for place in (header, *header.get("resumed", []))},
+        {f"Python {header['python']}" for header in headers},
+        {f"commit {commit[:12]}" for commit in commits if commit},
+        {f"begun {' to '.join(sorted({days[0], days[-1]}))}"},
+    ]
+    return "; ".join(", ".join(sorted(kind)) for kind in kinds if kind) + "."
+
+
+def tables(args: Namespace, rows: list[Row]) -> dict[str, str]:
+    """Every table under the name of its marks: for each task all measures, and the first of them in short."""
+    result = {}
+    for task_name in dict.fromkeys(row.task for row in rows):
+        task, name = TASKS[task_name], f"{args.study.stem}, {task_name}"
+        groups = collect([row for row in rows if row.task == task_name], args.runs)
+        headers = [run.header for group in groups for run in group.runs if run.header]
+        parts = [table(task, groups, measure) for measure in task.measures if measure != "constant"]
+        result[name] = "\n\n".join([*parts, origin(headers)] if headers else parts)
+        seeds = f", seed {' '.join(map(str, args.seeds))}" if args.seeds else ""
+        result[f"{name}, in short{seeds}"] = short_table(task, groups)
+    return result
+
+
 def write(args: Namespace, rows: list[Row]) -> str:
     """Draws the pictures, and returns the tables."""
     parts = [NOTE]
@@ -195,7 +244,7 @@ def write(args: Namespace, rows: list[Row]) -> str:
         task, mine = TASKS[task_name], [row for row in rows if row.task == task_name]
         groups = collect(mine, args.runs)
         begun = [group for group in groups if group.runs[0].epochs]
-        parts += [f"## {task_name}\n", *(table(task, groups, name) + "\n" for name in task.measures if name != "constant")]
+        parts += [f"## {task_name}\n", tables(args, mine)[f"{args.study.stem}, {task_name}"] + "\n"]
         if not begun:
             continue
         folder = args.runs / task_name
@@ -213,11 +262,42 @@ def write(args: Namespace, rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def publish(rows: list[Row], runs: Path, folder: Path) -> None:
+    """Copies what the report needs of each run, and of the first run of each row the picture of its units."""
+    for row in rows:
+        for seed in row.seeds:
+            there, here = row.log_dir(runs, seed), row.log_dir(folder, seed)
+            lines = row.epochs(runs, seed)
+            if not lines:
+                continue
+            here.mkdir(parents=True, exist_ok=True)
+            lines[0]["arguments"].pop("data_dir", None)  # others have the data elsewhere
+            replace(here / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            for name in (ACTIVITY, *[UNITS] * (seed == row.seeds[0])):
+                if (there / name).exists():
+                    shutil.copyfile(there / name, here / name)
+
+
 def main() -> None:
+    parser = build_parser(__doc__)
+    add = parser.add_argument
+    add("--publish", type=Path, metavar="FOLDER", help="copy the logs there, and report there")
+    add("--write", type=Path, nargs="+", default=[], metavar="PAGE", help="put the tables into these pages")
+    add("--check", type=Path, nargs="+", default=[], metavar="PAGE", help="fail unless these pages have the tables")
     try:
-        args, rows = parse(build_parser(__doc__))
+        args, rows = parse(parser)
+        if args.publish:
+            publish(rows, args.runs, args.publish)
+            args.runs = args.publish
+        for page in args.write:
+            page.write_text(put(page.read_text(), tables(args, rows), WRITER))
+        for page in args.check:
+            if put(page.read_text(), tables(args, rows), WRITER) != page.read_text():
+                raise StudyError(f"{page}: not the tables of {args.runs}; --write puts them there")
+        if args.write or args.check:
+            return
         text = write(args, rows)
-    except StudyError as error:
+    except (StudyError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(text)
     args.runs.mkdir(parents=True, exist_ok=True)

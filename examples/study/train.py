@@ -30,26 +30,36 @@ from tasks import TASKS, Task
 from tasks.task import DataError
 from trainer import Stopped, Trainer, TrainingError
 
+sys.path.append(str(Path(__file__).parents[1]))
+from common import cpu
+
 UNRECORDED = {"task", "train", "loadsaved", "log_dir"}  # arguments with a place of their own, or no part of what a run is
 CHANGEABLE = {"epochs", "data_dir", "checkpoint_minutes"}  # arguments that may be others when a run goes on
 
 
 def describe(args: argparse.Namespace, model: Model, task: Task, processes: Processes) -> dict[str, Any]:
     """What runs: the first line of the log."""
+    threads = torch.get_num_threads()
     return {
         "task": args.task,
         "arguments": {name: value for name, value in vars(args).items() if name not in UNRECORDED},
         "processes": processes.count,
         "data": task.identity(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", from_here(sys.argv[0]), *sys.argv[1:]]),
         "commit": commit(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if args.cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if args.cuda else f"{cpu()}, {threads} thread{'s' * (threads > 1)}",
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def from_here(path: str) -> str:
+    """A path below the working directory as seen from there, any other as it is: a log tells nothing of a machine's folders."""
+    whole, here = Path(path).resolve(), Path.cwd()
+    return str(whole.relative_to(here)) if whole.is_relative_to(here) else path
 
 
 def commit() -> str | None:
@@ -131,6 +141,7 @@ def run(args: argparse.Namespace, saved: dict[str, Any] | None, processes: Proce
         with asked_to_stop(trainer.stop):
             trainer.fit()
         trainer.load_evaluated(trainer.state())
+        trainer.save_weights()
         finish(folder, trainer, header, trainer.metrics, report.chosen(trainer.metrics))
 
 
@@ -141,6 +152,8 @@ def finish(
     if not trainer.processes.first:
         return
     print(report.table(header, results))
+    if not trainer.args.train and metrics:
+        print("\nin the log:\n" + report.table(header, report.chosen(metrics)))
     if header["arguments"]["model"] == "RIM":
         report.draw_units(folder, trainer.task, trainer.evaluated)
     if metrics:

@@ -93,7 +93,7 @@ class Trainer:
     def load_evaluated(self, saved: dict[str, Any]) -> None:
         """Takes the weights of the chosen epoch, or else the last ones, into the model that is evaluated; nothing else."""
         part, model = ("average", self.average) if self.average else ("model", self.model)
-        weights = saved[part]
+        weights = saved.get(part)
         if saved["best"]:
             part, model, weights = "best.model", self.evaluated, saved["best"].get("model")
         self.check(model.state_dict(), weights, part)
@@ -141,8 +141,16 @@ class Trainer:
         if self.processes.first:
             checkpoint.save(self.log_dir, state)
 
+    def save_weights(self) -> None:
+        """Those that are evaluated, with the log. Where the data lay is left out: others have them elsewhere."""
+        if self.processes.first:
+            header = self.header | {"arguments": {n: v for n, v in self.header["arguments"].items() if n != "data_dir"}}
+            best = {"model": self.evaluated.state_dict()}
+            state = {"header": header, "metrics": self.metrics, "best": best}
+            checkpoint.save(self.log_dir, state, checkpoint.WEIGHTS)
+
     def fit(self) -> None:
-        """All epochs that are left."""
+        """All epochs that are left, then tests of the chosen one where it had none."""
         self.save()
         if self.processes.first:
             checkpoint.write_metrics(self.log_dir, [self.header, *self.metrics])
@@ -152,10 +160,12 @@ class Trainer:
         while len(self.metrics) < self.args.epochs:
             self.train_epoch()
             began = time.monotonic()
+            epoch = len(self.metrics) + 1
             line = {
-                "epoch": len(self.metrics) + 1,
+                "epoch": epoch,
                 **{f"train_{name}": value / self.task.examples for name, value in self.progress["sums"].items()},
-                **self.evaluate(),
+                **self.validate(),
+                **(self.test() if epoch == self.args.epochs or epoch % self.args.test_every == 0 else self.no_test()),
                 "seconds": round(self.progress["seconds"], 2),
                 "evaluation_seconds": round(time.monotonic() - began, 2),
             }
@@ -172,6 +182,21 @@ class Trainer:
             self.save()
         if board:
             board.close()
+        self.test_chosen()
+
+    def test_chosen(self) -> None:
+        """Tests the chosen epoch, where validation has chosen one between two tests."""
+        line = self.metrics[self.best["epoch"] - 1] if self.best else {}
+        if not line or not self.args.eval_sizes or any(line[name] for name in self.no_test()):
+            return
+        began = time.monotonic()
+        model = copy.deepcopy(self.evaluated)
+        model.load_state_dict(self.best["model"])
+        line |= self.test(model)
+        line["evaluation_seconds"] = round(line["evaluation_seconds"] + time.monotonic() - began, 2)
+        if self.processes.first:
+            checkpoint.write_metrics(self.log_dir, [self.header, *self.metrics])
+        self.save()
 
     def choose(self, line: dict[str, Any]) -> None:
         """Keeps the weights of this epoch where none before was better on the validation examples."""
@@ -225,26 +250,37 @@ class Trainer:
         return [measures[name].sum().item() for name in self.task.measures]
 
     def evaluate(self) -> dict[str, Any]:
-        """Each measure on the validation examples, and on the test examples at each of `args.eval_sizes`."""
-        result: dict[str, Any] = {}
-        if self.args.valid:
-            result |= {f"valid_{name}": value for name, value in self.measure(self.task.valid(), "validation").items()}
-        result |= {f"test_{name}": {} for name in self.task.measures}
+        """Each measure on the validation examples and on the test examples."""
+        return self.validate() | self.test()
+
+    def validate(self) -> dict[str, float]:
+        """Each measure on the validation examples, where there are any."""
+        if not self.args.valid:
+            return {}
+        return {f"valid_{name}": value for name, value in self.measure(self.task.valid(), "validation").items()}
+
+    def test(self, model: nn.Module | None = None) -> dict[str, dict[str, float]]:
+        """Each measure on the test examples at each of `args.eval_sizes`."""
+        result = self.no_test()
         for size in self.args.eval_sizes:
-            for name, value in self.measure(self.task.test(size), f"test {self.task.label(size)}").items():
+            for name, value in self.measure(self.task.test(size), f"test {self.task.label(size)}", model).items():
                 result[f"test_{name}"][str(size)] = value
         return result
 
+    def no_test(self) -> dict[str, dict[str, float]]:
+        return {f"test_{name}": {} for name in self.task.measures}
+
     @torch.no_grad()
-    def measure(self, examples: Examples, title: str) -> dict[str, float]:
-        """The mean of each measure."""
+    def measure(self, examples: Examples, title: str, model: nn.Module | None = None) -> dict[str, float]:
+        """The mean of each measure, by `model` or else the one that is evaluated."""
+        model = model or self.evaluated
         count, sums = len(examples.targets), dict.fromkeys(self.task.measures, 0.0)
         mine = torch.arange(self.processes.rank, count, self.processes.count)
-        self.evaluated.eval()
+        model.eval()
         with self.bar(title, math.ceil(len(mine) / EVALUATION_BATCH)) as bar:
             for rows in mine.split(EVALUATION_BATCH):
                 inputs, targets = (part[rows].to(self.processes.device) for part in examples)
-                for name, values in self.task.measure(self.evaluated(inputs), targets).items():
+                for name, values in self.task.measure(model(inputs), targets).items():
                     sums[name] += values.sum().item()
                 bar.update()
                 if self.stopping and self.processes.count == 1:  # several would have to agree on the batch
