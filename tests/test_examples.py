@@ -48,6 +48,7 @@ from processes import Processes  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
 from tasks import sequential_mnist as mnist  # noqa: E402
 from tasks.task import DataError  # noqa: E402
+from variants import VARIANTS  # noqa: E402
 
 SMALL = [
     "--no-cuda",
@@ -467,6 +468,9 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     whole = mnist.load(header["arguments"]["data_dir"])[0].sequences(14, 14)
     assert torch.equal(task.train(0).inputs, whole[:-9])
     assert torch.equal(task.valid().inputs, whole[-9:])
+    fewer, _ = prepared(header | {"arguments": header["arguments"] | {"examples": 5}})
+    assert torch.equal(fewer.train(0).inputs, whole[:5])
+    assert torch.equal(fewer.valid().inputs, whole[-9:])
 
     assert [line["valid_accuracy"] for line in epochs] == [0.2, 0.6, 0.4, 0.6]
     assert [line["chosen"] for line in epochs] == [1, 2, 2, 2]
@@ -590,6 +594,37 @@ def test_a_forget_bias_makes_a_state_stay_and_changes_nothing_else(kind: str) ->
     assert kept[0] > (0.01 if gru else 1)
 
 
+def test_a_variant_differs_from_the_layer_in_what_its_name_says() -> None:
+    x, sizes = torch.randn(2, 5, 10), {"num_units": 4, "k": 2}
+    torch.manual_seed(0)
+    rnn = RIM(10, 24, batch_first=True, **sizes)
+    showing, gated = (VARIANTS[name](10, 24, **sizes) for name in ("shows-updates", "gated"))
+    showing.load_state_dict(rnn.state_dict())
+    with record(rnn) as ours, record(showing) as others:
+        plain, shown = rnn(x)[0], showing(x)[0]
+    assert torch.equal(ours[0].active[0, 0], others[0].active[0, 0])
+    for state, active in ((plain, ours[0].active[0]), (shown, others[0].active[0])):
+        silent = ~active[1:].transpose(0, 1)
+        before, after = (part.unflatten(-1, (4, 6)) for part in (state[:, :-1], state[:, 1:]))
+        assert torch.equal(after[silent], before[silent])  # neither shows in its own state
+    assert not torch.allclose(plain[:, 0], shown[:, 0])
+    assert plain[:, 0].count_nonzero() == shown[:, 0].count_nonzero() == 2 * 2 * 6
+
+    alone = [make(10, 24, **sizes, num_comm_heads=0) for make in (partial(RIM, batch_first=True), VARIANTS["shows-updates"])]
+    alone[1].load_state_dict(alone[0].state_dict())
+    torch.testing.assert_close(alone[1](x)[0], alone[0](x)[0])
+
+    output = gated.cells[0].communication.output
+    gated.load_state_dict(rnn.state_dict(), strict=False)
+    output.message.load_state_dict(rnn.cells[0].communication.output.state_dict())
+    torch.nn.init.constant_(output.gate.bias, 50)  # an open gate, and it is the bound of the layer
+    torch.testing.assert_close(gated(x)[0], plain)
+    torch.nn.init.constant_(output.gate.bias, -50)  # a closed one, and nothing is heard
+    without = VARIANTS["shows-updates"](10, 24, **sizes, num_comm_heads=0)
+    without.load_state_dict({name: p for name, p in rnn.state_dict().items() if "communication" not in name})
+    torch.testing.assert_close(gated(x)[0][:, 0], without(x)[0][:, 0])
+
+
 def test_whether_communication_is_bounded_is_said_only_where_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     keywords: dict[str, Any] = {}
     monkeypatch.setattr(models, "RIM", lambda *sizes, **given: keywords.update(given) or torch.nn.Identity())
@@ -614,7 +649,8 @@ def test_whether_communication_is_bounded_is_said_only_where_it_is_given(monkeyp
         (["--valid", 41], "error: --valid 41 leaves none of 41 digits to train"),
         (["--clip_grad", -1], "--clip_grad must not be negative"),
         (["--ema", 1], "--ema has to be at least 0 and less than 1"),
-        (["--examples", 5], "unrecognized arguments: --examples 5"),
+        (["--examples", 42], "error: --examples 42: there are 41 digits to train"),
+        (["--test_examples", 5], "unrecognized arguments: --test_examples 5"),
     ],
 )
 def test_an_argument_out_of_range_is_named(args: list[object], says: str, refused: Callable[..., str], tmp_path: Path) -> None:
@@ -1252,7 +1288,7 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ["study.toml", "search.toml", "demo.toml"])
+@pytest.mark.parametrize("name", ["study.toml", "search.toml", "methods.toml", "demo.toml"])
 def test_every_row_of_the_studies_can_be_built_and_is_in_the_table(name: str, tmp_path: Path) -> None:
     rows = study.read(EXAMPLE / name)
     text = study_report.write(Namespace(runs=tmp_path, study=Path("x.toml"), seeds=None), rows)

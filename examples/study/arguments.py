@@ -9,6 +9,7 @@ import torch
 from model import RIM_ARGUMENTS
 from tasks import TASKS
 from tasks.task import positive
+from variants import VARIANTS
 
 SCHEDULES = ("constant", "cosine", "one-cycle")
 
@@ -68,13 +69,14 @@ def build_parser(task: str, description: str | None = None) -> argparse.Argument
     add("--num_comm_heads", type=int, help="communication: heads; 0 for none at all")
     add("--comm_dropout", type=float, default=0.1, help="communication: dropout (default: %(default)s, the paper's)")
     add("--comm_bounded", action=flag, help="communication: what a unit hears passes a tanh")
+    add("--variant", choices=list(VARIANTS), help="another reading of the method, for comparison; on the readable path")
     return parser
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with a message where arguments do not make sense, or not together."""
     plain = build_parser(args.task)
-    without_meaning = [name for name in RIM_ARGUMENTS if getattr(args, name) != plain.get_default(name)]
+    without_meaning = [name for name in (*RIM_ARGUMENTS, "variant") if getattr(args, name) != plain.get_default(name)]
     if args.model == "LSTM" and without_meaning:
         parser.error(f"--{without_meaning[0]} belongs to a RIM, and the model is an LSTM")
     if args.cuda and not torch.cuda.is_available():

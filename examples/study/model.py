@@ -1,10 +1,12 @@
 """A recurrent layer between an embedding, where one is asked for, and a linear read-out of its last outputs."""
 
 from argparse import Namespace
+from functools import partial
 
 import torch
 from tasks import Task
 from torch import Tensor, nn
+from variants import VARIANTS
 
 from rim_rnn import RIM
 
@@ -24,7 +26,7 @@ RIM_ARGUMENTS = (
     "comm_dropout",
     "comm_bounded",
 )
-MODEL_ARGUMENTS = ("model", "input_size", "embed", "hidden_size", *RIM_ARGUMENTS)
+MODEL_ARGUMENTS = ("model", "input_size", "embed", "hidden_size", *RIM_ARGUMENTS, "variant")
 
 
 class Model(nn.Module):
@@ -37,7 +39,8 @@ class Model(nn.Module):
         input_size = args.embed or task.input_size
         if args.model == "RIM":
             given = {name: getattr(args, name) for name in RIM_ARGUMENTS if getattr(args, name) is not None}
-            self.rnn = RIM(input_size, args.hidden_size, batch_first=True, **given)
+            make = VARIANTS[args.variant] if args.variant else partial(RIM, batch_first=True)
+            self.rnn = make(input_size, args.hidden_size, **given)
         else:
             self.rnn = nn.LSTM(input_size, args.hidden_size, batch_first=True)
         self.readout = nn.Linear(args.hidden_size, task.outputs)

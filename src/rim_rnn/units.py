@@ -190,9 +190,9 @@ def describe(module: Any, **defaults: object) -> str:
     return ", ".join([f"{module.input_size}, {module.hidden_size}", *shown])
 
 
-def uniform_(fan_in: int, *parameters: Tensor | None) -> None:
-    """Draw parameters from ``uniform(-1/sqrt(fan_in), 1/sqrt(fan_in))``."""
-    bound = 1 / math.sqrt(fan_in)
+def uniform_(fan_in: int, *parameters: Tensor | None, gain: float = 1.0) -> None:
+    """Draw parameters from ``uniform(-gain/sqrt(fan_in), gain/sqrt(fan_in))``."""
+    bound = gain / math.sqrt(fan_in)
     for parameter in parameters:
         if parameter is not None and not parameter.is_meta:
             nn.init.uniform_(parameter, -bound, bound)
@@ -246,20 +246,29 @@ class SharedLinear(nn.Module):
     Attributes:
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)``, or ``None``.
+        gain: So many times as large as those of an :class:`torch.nn.Linear` they are drawn.
     """
 
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
+        self.gain = gain
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        uniform_(self.weight.size(1), self.weight, self.bias)
+        uniform_(self.weight.size(1), self.weight, self.bias, gain=self.gain)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))

@@ -75,15 +75,19 @@ class SequentialMNIST(Task):
     @staticmethod
     def add_arguments(add: Callable[..., Any]) -> None:
         add("--data_dir", help="folder with the four idx files of MNIST, plain or gzip (default: download them once)")
+        add("--examples", type=positive, help="train on the first so many digits (default: all that are not held out)")
         add("--input_size", type=positive, default=1, help="pixels per step; zeros fill up the last one (default: %(default)s)")
 
     def __init__(self, args: Namespace) -> None:
         super().__init__(args)
         self.input_size = args.input_size
         self.digits, self.test_digits = load(args.data_dir)
-        self.examples = len(self.digits.labels) - args.valid
-        if self.examples < 1:
+        self.rest = len(self.digits.labels) - args.valid
+        if self.rest < 1:
             raise DataError(f"--valid {args.valid} leaves none of {len(self.digits.labels)} digits to train")
+        self.examples = args.examples or self.rest
+        if self.examples > self.rest:
+            raise DataError(f"--examples {self.examples}: there are {self.rest} digits to train")
         self.trained = Digits(*(part[: self.examples] for part in self.digits)).examples(args.size, self.input_size)
 
     @staticmethod
@@ -95,7 +99,7 @@ class SequentialMNIST(Task):
 
     def valid(self) -> Examples:
         """The last training digits."""
-        return Digits(*(part[self.examples :] for part in self.digits)).examples(self.args.size, self.input_size)
+        return Digits(*(part[self.rest :] for part in self.digits)).examples(self.args.size, self.input_size)
 
     def test(self, size: int) -> Examples:
         return self.test_digits.examples(size, self.input_size)
