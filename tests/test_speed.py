@@ -276,7 +276,7 @@ def test_native_can_be_demanded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["speed"], "no section speed; there are cases, scaling, calls, memory, rival"),
+        (["speed"], "no section speed; there are cases, everyday, scaling, calls, memory, rival"),
         (["--cases", "tiny"], "invalid choice: 'tiny'"),
         (["--rounds", "0"], "at least 1"),
         (["rival"], "needs --rival PATH"),
@@ -556,6 +556,17 @@ def test_the_floor_counts_the_winners_arithmetic(document: dict[str, Any]) -> No
     """2 GFLOP at 100 GFLOP/s; a quarter of what the LSTM needs."""
     row = show.tables(document, "")["floor"].splitlines()[2]
     assert row == "| paper | 0.25 | 100 ms | 20.0 ms | 5.0 | 300 ms | 20.0 ms | 15.0 |"
+
+
+def test_the_everyday_table_has_ratios_and_the_floor(document: dict[str, Any]) -> None:
+    assert show.tables(document, "native")["everyday"] == "Not measured yet."
+    document["everyday"] = {"words, LSTM": document["cases"]["paper"]}
+    row = show.tables(document, "native")["everyday"].splitlines()[2]
+    assert row.startswith("| words, LSTM | T=196, N=64, 1 → 600 | ")
+    assert row.count("**2.00**") == 2
+    assert row.split(" | ")[5] == show.tables(document, "native")["floor"].splitlines()[2].split(" | ")[4]
+    (table,) = show.tables(document, "../results/avx2/native").values()
+    assert "\n| words, LSTM | " in table
 
 
 def test_the_scaling_table_has_what_was_measured(document: dict[str, Any]) -> None:

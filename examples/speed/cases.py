@@ -63,6 +63,22 @@ CASES = {
     "bfloat16": Case(196, 64, 64, 600, dtype="bfloat16"),
 }
 
+# Recurrent policies, forecasters, small language models: with LSTM and with GRU units.
+EVERYDAY = {
+    f"{name}, {rnn_cell}": replace(case, rnn_cell=rnn_cell)
+    for name, case in {
+        "policy": Case(32, 64, 64, 64),
+        "one step": Case(1, 64, 64, 128),
+        "sensors": Case(50, 128, 32, 128),
+        "forecast": Case(128, 16, 64, 128),
+        "long": Case(400, 8, 16, 64),
+        "words": Case(20, 64, 128, 128, num_layers=2),
+        "text": Case(35, 20, 200, 200, num_layers=2),
+        "many": Case(16, 256, 64, 256),
+    }.items()
+    for rnn_cell in ("LSTM", "GRU")
+}
+
 # Everything is doubled from here, one size at a time.
 BASE = Case(100, 32, 64, 512, num_units=8, k=4)
 SCALING = {

@@ -8,6 +8,7 @@ The sections:
 
 cases    forward alone (no_grad) and forward with backward, each case of cases.py; and the floor, the arithmetic that the case
          needs over the rate of the machine's fastest large matrix product, measured in the same rounds
+everyday the same at the sizes of policies, forecasters and small language models, with LSTM and with GRU units
 scaling  the same as steps, batch, hidden size, units and active units double
 calls    the same for one step of the sizes of act, of almost nothing and as its batch doubles
 memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
@@ -39,7 +40,7 @@ from typing import Any, Protocol
 
 import show  # lets common be found
 import torch
-from cases import BASE, CALLS, CASES, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
+from cases import BASE, CALLS, CASES, EVERYDAY, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
 from common import cpu
 from torch.nn import functional as F
 
@@ -47,7 +48,7 @@ import rim_rnn
 from rim_rnn import native
 
 HERE = Path(__file__).parent
-SECTIONS = ("cases", "scaling", "calls", "memory", "rival")
+SECTIONS = ("cases", "everyday", "scaling", "calls", "memory", "rival")
 WAYS = ("forward", "train")
 
 
@@ -199,7 +200,14 @@ def compare_rival(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-MEASURES = {"cases": compare, "scaling": compare, "calls": compare, "memory": compare_memory, "rival": compare_rival}
+MEASURES = {
+    "cases": compare,
+    "everyday": compare,
+    "scaling": compare,
+    "calls": compare,
+    "memory": compare_memory,
+    "rival": compare_rival,
+}
 
 
 def here(section: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -226,6 +234,7 @@ def points() -> dict[str, dict[str, Case]]:
     """Everything that can be measured, by section and name."""
     return {
         "cases": CASES,
+        "everyday": EVERYDAY,
         "scaling": {f"{field}={v}": dataclasses.replace(BASE, **{field: v}) for field, vs in SCALING.items() for v in vs},
         "calls": CALLS,
         "memory": {f"{field}={v}": dataclasses.replace(PAPER, **{field: v}) for field, vs in MEMORY.items() for v in vs},

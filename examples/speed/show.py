@@ -122,7 +122,7 @@ def columns(rows: list[list[str]]) -> str:
 def text(document: Entry) -> str:
     """Everything, as it is printed at the end."""
     parts = [origin(document)]
-    if cases := document.get("cases"):
+    if cases := {**document.get("cases", {}), **document.get("everyday", {})}:
         rows = [["case", "way", "RIM ms", "torch ms", "torch/RIM", "quartiles", "floor ms", "RIM/floor", "winners' floor ms"]]
         for name, entry in cases.items():
             for way in WAYS:
@@ -224,6 +224,20 @@ def cases_table(document: Entry, stem: str) -> str:
     return "\n\n".join([grid(rows, 2), *below, commands(document), picture])
 
 
+def everyday_table(document: Entry, stem: str) -> str:
+    """The sizes that people use: ratios, and how far from the floor both ways are."""
+    rows = [
+        ["case", "sizes", "forward", "`nn` / `RIM`", "`RIM` / floor", "forward + backward", "`nn` / `RIM`", "`RIM` / floor"]
+    ]
+    for name, entry in document.get("everyday", {}).items():
+        row = [name, entry["sizes"]]
+        for way in WAYS:
+            ours, least = milliseconds(entry, way, "RIM"), floor(entry, way, "RIM, winners only")
+            row += [f"{figure(ours)} ms", f"**{times(ratios(entry, way)[1])}**", f"{ours / least:.1f}"]
+        rows.append(row)
+    return "\n\n".join([grid(rows, 2), origin(document)]) if rows[1:] else NOT_YET
+
+
 def floor_table(document: Entry, stem: str) -> str:
     """How much arithmetic each case needs, and how long that would take at the rate of a large product."""
     needed = "RIM, winners only"
@@ -309,7 +323,7 @@ def ablations_table(document: Entry, stem: str) -> str:
 def terms_table(document: Entry, stem: str) -> str:
     """The cases again, on other terms: times and ratios, and where they come from."""
     rows = [["case", "forward", "`nn.LSTM` / `RIM`", "forward + backward", "`nn.LSTM` / `RIM`"]]
-    for name, entry in document["cases"].items():
+    for name, entry in {**document["cases"], **document.get("everyday", {})}.items():
         ways = [(f"{figure(milliseconds(entry, way, 'RIM'))} ms", times(ratios(entry, way)[1])) for way in WAYS]
         rows.append([name, *(cell for way in ways for cell in way)])
     return "\n\n".join([grid(rows, 1), origin(document), commands(document)])
@@ -323,7 +337,13 @@ def tables(document: Entry, stem: str) -> dict[str, str]:
     folder = Path(stem).parent.name
     if folder not in ("", "results"):
         return {folder: terms_table(document, stem)}
-    makers = {"speed": cases_table, "floor": floor_table, "scaling": scaling_table, "calls": calls_table}
+    makers = {
+        "speed": cases_table,
+        "everyday": everyday_table,
+        "floor": floor_table,
+        "scaling": scaling_table,
+        "calls": calls_table,
+    }
     if "ablations" in document:
         makers = {"ablations": ablations_table}
     return {name: maker(document, stem) for name, maker in makers.items()}
