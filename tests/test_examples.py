@@ -1288,6 +1288,23 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "page"),
+    [
+        ("study", ["--rows", "RIM 6/4", "LSTM"], "README.md"),
+        ("demo", ["--seeds", 0], "README.md"),
+        ("demo", [], "README.md"),
+        *((name, [], "docs/reproduction.md") for name in ("study", "search", "methods")),
+    ],
+)
+def test_a_page_has_the_tables_of_the_committed_logs(
+    name: str, args: list[object], page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [EXAMPLE / f"{name}.toml", "--runs", EXAMPLE / "results" / name, *args, "--check", ROOT / page]
+    monkeypatch.setattr(sys, "argv", ["study_report.py", *map(str, given)])
+    study_report.main()
+
+
 @pytest.mark.parametrize("name", ["study.toml", "search.toml", "methods.toml", "demo.toml"])
 def test_every_row_of_the_studies_can_be_built_and_is_in_the_table(name: str, tmp_path: Path) -> None:
     rows = study.read(EXAMPLE / name)
