@@ -1,6 +1,6 @@
 """Measure how large the values of the input should be at first: this writes docs/initialisation.json.
 
-`input_attention.value` is drawn from uniform(-s/sqrt(input_size), s/sqrt(input_size)), weight and bias, for several s. Two
+`input_attention.value.weight` is drawn from uniform(-s/sqrt(input_size), s/sqrt(input_size)) for several s. Two
 tasks that have little in common: characters of this package's own source in order, with the state carried on, and the digits
 that ship with the examples, four pixels per step. Some two hours on one core; what is in the file is not run again.
 """
@@ -35,10 +35,9 @@ RUNS = [
 
 def draw(rnn: RIM[Any], scale: float) -> None:
     for cell in rnn.cells:
-        value = cell.input_attention.value
-        bound = scale / math.sqrt(value.weight.size(1))
-        for parameter in (value.weight, value.bias):
-            nn.init.uniform_(parameter, -bound, bound)
+        weight = cell.input_attention.value.weight
+        bound = scale / math.sqrt(weight.size(1))
+        nn.init.uniform_(weight, -bound, bound)
 
 
 def text(rnn_cell: str, scale: float) -> dict[str, float]:

@@ -173,7 +173,7 @@ BOUNDS = {
     "input_attention.key.weight": 1 / 3,
     "input_attention.key.bias": 1 / 3,
     "input_attention.value.weight": 2 / 3,
-    "input_attention.value.bias": 2 / 3,
+    "input_attention.value.bias": 1 / 3,
     "dynamics.weight_ih": 1 / 5,
     "dynamics.weight_hh": 1 / 5,
     "dynamics.bias_ih": 1 / 5,

@@ -118,8 +118,8 @@ class RIMCell(Step, Generic[StateT]):
             ``hidden_size // n``. Drawn from :math:`\mathcal{U}(\pm 1/\sqrt{u})`.
         communication: ``query.weight``, ``key.weight``, ``value.weight`` ``(n, p, heads*size)`` and ``output.weight``
             ``(n, heads*size, p)``. Like those of the input attention drawn from
-            :math:`\mathcal{U}(\pm 1/\sqrt{\mathrm{fan\_in}})`, the value of the input alone from twice that range, for a unit
-            begins by taking half of it.
+            :math:`\mathcal{U}(\pm 1/\sqrt{\mathrm{fan\_in}})`, ``value.weight`` alone from twice that range, for a unit
+            begins by taking half of what it gives.
 
     Examples:
         >>> import torch

@@ -246,7 +246,7 @@ class SharedLinear(nn.Module):
     Attributes:
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)``, or ``None``.
-        gain: So many times as large as those of an :class:`torch.nn.Linear` they are drawn.
+        gain: So many times as large as that of an :class:`torch.nn.Linear` the weight is drawn.
     """
 
     bias: nn.Parameter | None
@@ -268,7 +268,8 @@ class SharedLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        uniform_(self.weight.size(1), self.weight, self.bias, gain=self.gain)
+        uniform_(self.weight.size(1), self.weight, gain=self.gain)
+        uniform_(self.weight.size(1), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
