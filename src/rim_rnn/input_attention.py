@@ -28,7 +28,7 @@ class InputAttention(nn.Module):
     Attributes:
         query: :class:`UnitLinear` with weight ``(n, p, H*key_size)`` and bias ``(n, H*key_size)``.
         key: :class:`SharedLinear` with weight ``(H*key_size, input_size)``, shared by the units as in the paper.
-        value: :class:`SharedLinear` with weight ``(H*value_size, input_size)``, shared as well, the weight drawn twice as large.
+        value: :class:`SharedLinear` with weight ``(H*value_size, input_size)``, shared too, its weight drawn twice as large.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class InputAttention(nn.Module):
         self.num_units = num_units
         self.query = UnitLinear(num_units, unit_size, num_heads * key_size, bias, device, dtype)
         self.key = SharedLinear(input_size, num_heads * key_size, bias, device, dtype)
-        # A unit takes half of the value as long as it knows nothing of the input: a read of x W^v begins as large as nn.Linear's.
+        # A unit that knows nothing of the input takes half of the value: a read of x W^v begins as large as nn.Linear's.
         self.value = SharedLinear(input_size, num_heads * value_size, bias, device, dtype, gain=2.0)
 
     def reset_parameters(self) -> None:
