@@ -56,7 +56,8 @@ def plain(gallery_conf, fname):
 
 needs = {"onnx_runtime": ("onnxruntime", "onnxscript"), "recurrent_policy": ("sb3_contrib",)}
 missing = [script for script, names in needs.items() if not all(map(importlib.util.find_spec, names))]
-logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # else it tells the console of each weight that it shares
+for name in ("onnx_ir", "onnxscript"):
+    logging.getLogger(name).setLevel(logging.WARNING)  # else they tell the console of each node that they change
 sphinx_gallery_conf = {
     "examples_dirs": "../examples/gallery",
     "gallery_dirs": "gallery",
@@ -92,10 +93,15 @@ html_theme_options = {
 
 
 def setup(app):
-    """The tables of one page are made when it is read, which is whenever the pages are built."""
+    """The tables of one page are made when it is read, which is whenever the pages are built; the gallery's have no source."""
 
     def read(app, page, source):
         source[0] = reliability.fill(source[0]) if page == "reliability" else source[0]
 
+    def link(app, page, template, context, doctree):
+        if page.startswith("gallery/"):
+            context["page_source_suffix"] = ""
+
     app.connect("source-read", read)
+    app.connect("html-page-context", link)
     app.connect("env-get-outdated", lambda *_: ["reliability"])

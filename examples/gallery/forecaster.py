@@ -2,8 +2,9 @@
 A forecast of sunspots
 ======================
 
-Three centuries of yearly sunspot numbers, which come with statsmodels. The layer reads the past as one sequence; its last
-state then goes on into years that it has not seen. Beside it stand an autoregression and the guess that nothing changes.
+Three centuries of yearly sunspot numbers, which come with statsmodels. The layer reads
+the past as one sequence; its last state then goes on into years that it has not seen.
+Beside it stand an autoregression and the guess that nothing changes.
 """
 
 import matplotlib.pyplot as plt
@@ -19,7 +20,8 @@ from rim_rnn import RIM
 
 data = sunspots.load_pandas().data
 years, numbers = data["YEAR"].astype(int).to_numpy(), data["SUNACTIVITY"].to_numpy()
-series = torch.tensor(numbers, dtype=torch.float32).sqrt().div(10).view(-1, 1, 1)  # steps, rows, features
+series = torch.tensor(numbers, dtype=torch.float32).sqrt().div(10)
+series = series.view(-1, 1, 1)  # steps, rows, features
 first = len(series) - 60
 
 
@@ -37,7 +39,8 @@ class Forecaster(nn.Module):
 
 
 # %%
-# One sequence is all there is, and five models of different seeds are fitted to it. Their mean is the forecast.
+# One sequence is all there is, and five models of different seeds are fitted to it.
+# Their mean is the forecast.
 
 
 def fit(seed):
@@ -62,7 +65,8 @@ def to_numbers(predicted):
 
 
 # %%
-# The next year, from all that is known by then: the state after the years of training goes on into the others.
+# The next year, from all that is known by then: the state after the years of training
+# goes on into the others.
 
 with torch.no_grad():
     forecasts = []
@@ -72,14 +76,20 @@ with torch.no_grad():
         forecasts.append(predicted)
     rim = to_numbers(torch.stack(forecasts).mean(0))
 
-autoregression = AutoReg(numbers[:first], lags=9).fit().append(numbers[first:]).predict(first, len(numbers) - 1)
 held_out = numbers[first:]
-guesses = {"as the year before": numbers[first - 1 : -1], "autoregression, 9 years": autoregression, "RIM": rim}
+fitted = AutoReg(numbers[:first], lags=9).fit().append(held_out)
+guesses = {
+    "as the year before": numbers[first - 1 : -1],
+    "autoregression, 9 years": fitted.predict(first, len(numbers) - 1),
+    "RIM": rim,
+}
 for name, guess in guesses.items():
-    print(f"{name:>23}: off by {((guess - held_out) ** 2).mean() ** 0.5:.1f} (root of the mean square)")
+    error = ((guess - held_out) ** 2).mean() ** 0.5
+    print(f"{name:>23}: off by {error:.1f} (root of the mean square)")
 
 # %%
-# Further ahead a model has to read its own forecasts. The thin lines start from what was known in 1976, 1986 and 1996.
+# Further ahead a model has to read its own forecasts. The thin lines start from what
+# was known in 1976, 1986 and 1996.
 
 plt.figure(figsize=(8, 4))
 plt.plot(years[first - 40 :], numbers[first - 40 :], color="gray", label="observed")
@@ -95,9 +105,9 @@ with torch.no_grad():
                 predicted, state = model(steps[-1], state)
                 steps.append(predicted)
             ahead.append(torch.cat(steps))
-        known_and_ahead = [numbers[place - 1], *to_numbers(torch.stack(ahead).mean(0))]
+        line = [numbers[place - 1], *to_numbers(torch.stack(ahead).mean(0))]
         label = "eleven years ahead" if start == 1976 else None
-        plt.plot(range(start, start + 12), known_and_ahead, color="C1", linewidth=1, label=label)
+        plt.plot(range(start, start + 12), line, color="C1", linewidth=1, label=label)
 plt.axvline(years[first], color="gray", linewidth=0.5)
 plt.ylabel("sunspot number")
 plt.legend()

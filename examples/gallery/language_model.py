@@ -2,8 +2,9 @@
 A swap in a language model
 ==========================
 
-A character model whose state is carried from one piece of the text to the next, first with :class:`torch.nn.LSTM`, then with
-:class:`~rim_rnn.RIM`. No line but the one that makes the layer knows which of them it is.
+A character model whose state is carried from one piece of the text to the next, first
+with :class:`torch.nn.LSTM`, then with :class:`~rim_rnn.RIM`. No line but the one that
+makes the layer knows which of them it is.
 """
 
 import math
@@ -17,13 +18,15 @@ from torch.nn import functional as F
 from rim_rnn import RIM
 
 # %%
-# The text is what Python's own ``help()`` says about the language. It is cut into rows that are read side by side, so that
-# each piece of a row goes on where the piece before it ended. The last tenth is held out.
+# The text is what Python's own ``help()`` says about the language. It is cut into rows
+# that are read side by side, so that each piece of a row goes on where the piece before
+# it ended. The last tenth is held out.
 
 text = "".join(topics.values())[:120_000]
 alphabet = sorted(set(text))
 codes = torch.tensor([alphabet.index(character) for character in text])
-train, held_out = codes.split([len(codes) * 9 // 10, len(codes) - len(codes) * 9 // 10])
+held_out = codes[len(codes) * 9 // 10 :]
+train = codes[: -len(held_out)]
 
 
 def rows(codes, count):
@@ -43,15 +46,15 @@ class Characters(nn.Module):
 
 
 def loss_of(model, data, start, state):
-    """The loss on 32 steps, and the state after them, which goes on without its history."""
+    """The loss on 32 steps, and the state after them without its history."""
     logits, state = model(data[start : start + 32], state)
     loss = F.cross_entropy(logits.flatten(0, 1), data[start + 1 : start + 33].flatten())
     return loss, tuple(part.detach() for part in state)
 
 
 # %%
-# Training. ``state`` is ``None`` at the start of an epoch and carried on from there; ``detach`` is all that truncated
-# backpropagation through time asks for.
+# Training. ``state`` is ``None`` at the start of an epoch and carried on from there;
+# ``detach`` is all that truncated backpropagation through time asks for.
 
 
 def bits(loss):
@@ -88,8 +91,8 @@ plt.legend()
 plt.show()
 
 # %%
-# On the text held out, read from its beginning to its end with the state carried on. The layers have the same input and state
-# sizes, not the same number of parameters.
+# On the text held out, read from its beginning to its end with the state carried on.
+# The layers have the same input and state sizes, not the same number of parameters.
 
 with torch.no_grad():
     for layer, model in models.items():
@@ -97,15 +100,22 @@ with torch.no_grad():
         for start in range(0, len(data) - 33, 32):
             loss, state = loss_of(model, data, start, state)
             losses.append(bits(loss))
-        parameters = sum(p.numel() for p in model.rnn.parameters())
-        print(f"{layer.__name__:>4}: {sum(losses) / len(losses):.2f} bits per character, {parameters:,} parameters")
+        mean, size = (
+            sum(losses) / len(losses),
+            sum(p.numel() for p in model.rnn.parameters()),
+        )
+        print(
+            f"{layer.__name__:>4}: {mean:.2f} bits per character, {size:,} parameters"
+        )
 
 # %%
 # And in use: one character at a time, the state handed back at every step.
 
 model, written = models[RIM], "The "
 with torch.no_grad():
-    logits, state = model(torch.tensor([[alphabet.index(character)] for character in written]))
+    logits, state = model(
+        torch.tensor([[alphabet.index(character)] for character in written])
+    )
     for _ in range(300):
         code = torch.multinomial(F.softmax(logits[-1, 0] / 0.6, dim=-1), 1)
         written += alphabet[code]

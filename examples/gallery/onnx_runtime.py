@@ -2,9 +2,9 @@
 A layer in onnxruntime
 ======================
 
-A filter for a noisy signal is trained in PyTorch, written as ONNX with a batch and a number of steps that are left open, and
-run by onnxruntime: on a signal of any length at once, and step by step as samples arrive. It needs
-``pip install 'rim-rnn[tools]'``.
+A filter for a noisy signal is trained in PyTorch, written as ONNX with a batch and a
+number of steps that are left open, and run by onnxruntime: on a signal of any length at
+once, and step by step as samples arrive. It needs ``pip install 'rim-rnn[tools]'``.
 """
 
 import tempfile
@@ -19,7 +19,8 @@ from torch import nn
 from rim_rnn import RIM
 
 # %%
-# The signal jumps between levels and is seen through noise. The filter knows the past alone.
+# The signal jumps between levels and is seen through noise. The filter knows the past
+# alone.
 
 
 def draw(rows, steps):
@@ -55,9 +56,10 @@ for _ in range(300):
 model.eval()
 
 # %%
-# The states are inputs and outputs of their own, so that whoever runs the file can carry them.
+# The states are inputs and outputs of their own, so that whoever runs the file can
+# carry them.
 
-warnings.filterwarnings("ignore", module="torch|copyreg")  # from inside of torch's exporter
+warnings.filterwarnings("ignore", module="torch|copyreg")  # the exporter's own
 folder = tempfile.TemporaryDirectory()
 path = Path(folder.name) / "filter.onnx"
 steps, batch = torch.export.Dim("steps", min=2), torch.export.Dim("batch", min=2)
@@ -74,8 +76,11 @@ torch.onnx.export(
 )
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3  # errors alone
-session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-print([given.name for given in session.get_inputs()], f"{path.stat().st_size / 1024:.0f} KiB")
+session = onnxruntime.InferenceSession(
+    path, options, providers=["CPUExecutionProvider"]
+)
+for given in (*session.get_inputs(), *session.get_outputs()):
+    print(f"{given.name}: {given.shape}")
 
 # %%
 # Other lengths and batches than those of the export, against PyTorch:
@@ -105,9 +110,8 @@ for sample in noisy:
     filtered, h, c = run(sample[None], h, c)
     stream.append(filtered)
 stream = torch.cat(stream)
-print(
-    f"mean square error: {(noisy - clean).square().mean():.3f} of the signal, {(stream - clean).square().mean():.3f} filtered"
-)
+before, after = ((signal - clean).square().mean() for signal in (noisy, stream))
+print(f"mean square error: {before:.3f} before, {after:.3f} after")
 
 plt.figure(figsize=(8, 4))
 plt.plot(noisy.flatten(), ".", markersize=3, color="gray", label="seen")

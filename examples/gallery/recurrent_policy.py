@@ -2,9 +2,10 @@
 A policy that remembers
 =======================
 
-An agent sees a sign at its first step only, walks on, and has to act on the sign at the end. Three policies learn it: one
-without memory, the LSTM policy of sb3-contrib, and the same with a :class:`~rim_rnn.RIM` in the LSTM's place. It needs
-``pip install 'rim-rnn[tools]'``.
+An agent sees a sign at its first step only, walks on, and has to act on the sign at the
+end. Three policies learn it: one without memory, the LSTM policy of sb3-contrib, and
+the same with a :class:`~rim_rnn.RIM` in the LSTM's place. It needs ``pip install
+'rim-rnn[tools]'``.
 """
 
 import gymnasium
@@ -18,7 +19,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from rim_rnn import RIM
 
 # %%
-# The environment. What is seen after the first step is where the agent is, and nothing of the sign.
+# The environment. What is seen after the first step is where the agent is, and nothing
+# of the sign.
 
 
 class Sign(gymnasium.Env):
@@ -29,11 +31,12 @@ class Sign(gymnasium.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.at = 0
-        self.sign = int(self.np_random.integers(2)) if options is None else options["sign"]
+        self.sign = (options or {}).get("sign", int(self.np_random.integers(2)))
         return self.seen(), {}
 
     def seen(self):
-        return np.array([2 * self.sign - 1 if self.at == 0 else 0, self.at / self.steps], np.float32)
+        sign = 2 * self.sign - 1 if self.at == 0 else 0
+        return np.array([sign, self.at / self.steps], np.float32)
 
     def step(self, action):
         self.at += 1
@@ -42,8 +45,8 @@ class Sign(gymnasium.Env):
 
 
 # %%
-# sb3-contrib makes an ``nn.LSTM`` each for actor and critic. Replace them, then make the optimiser again, because the first one
-# holds the parameters that went.
+# sb3-contrib makes an ``nn.LSTM`` each for actor and critic. Replace them, then make
+# the optimiser again, because the first one holds the parameters that went.
 
 
 class RIMPolicy(RecurrentActorCriticPolicy):
@@ -51,8 +54,11 @@ class RIMPolicy(RecurrentActorCriticPolicy):
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
         for name in ("lstm_actor", "lstm_critic"):
             if (lstm := getattr(self, name)) is not None:
-                setattr(self, name, RIM(lstm.input_size, lstm.hidden_size, lstm.num_layers))
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+                rnn = RIM(lstm.input_size, lstm.hidden_size, lstm.num_layers)
+                setattr(self, name, rnn)
+        self.optimizer = self.optimizer_class(
+            self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
+        )
 
 
 # %%
@@ -64,7 +70,8 @@ class Rewards(BaseCallback):
         self.rewards = []
 
     def _on_step(self):
-        self.rewards += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
+        infos = self.locals["infos"]
+        self.rewards += [info["episode"]["r"] for info in infos if "episode" in info]
         return True
 
 
@@ -83,12 +90,12 @@ for name, (algorithm, policy, options) in policies.items():
         n_steps=192,
         batch_size=96,
         n_epochs=4,
-        learning_rate=5e-3,
+        learning_rate=3e-3,
         seed=0,
         device="cpu",
     )
     callback = Rewards()
-    agents[name] = agent.learn(2496, callback)
+    agents[name] = agent.learn(2880, callback)
     smooth = np.convolve(callback.rewards, np.ones(50) / 50, mode="valid")
     plt.plot(range(50, len(callback.rewards) + 1), smooth, label=name)
 
@@ -98,8 +105,9 @@ plt.legend()
 plt.show()
 
 # %%
-# What was learnt, without chance in the actions and with either sign as often. ``predict`` takes the state and gives it back;
-# its third argument, the start of an episode, clears it.
+# What was learnt, without chance in the actions and with either sign as often.
+# ``predict`` takes the state and gives it back; its third argument, the start of an
+# episode, clears it.
 
 
 def mean_reward(agent):
