@@ -1,7 +1,12 @@
 """Sphinx: `python -m sphinx -W -n -b html docs docs/_build/html`, and `-b doctest` for the examples."""
 
+import importlib.util
+import logging
 import sys
 from pathlib import Path
+
+import torch
+from matplotlib import pyplot as plt
 
 import rim_rnn
 
@@ -22,9 +27,12 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+    "sphinx_llms_txt",
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
+suppress_warnings = ["config.cache"]  # the gallery is given a function
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -37,6 +45,32 @@ intersphinx_mapping = {
 }
 intersphinx_timeout = 5
 
+
+def plain(gallery_conf, fname):
+    """Before each script of the gallery: pictures for a light and for a dark ground, and one thread, as for small layers."""
+    ink = "#7d8590"
+    edges = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    plt.rcParams.update({"savefig.transparent": True, "legend.framealpha": 0, **dict.fromkeys(edges, ink)})
+    torch.set_num_threads(1)
+
+
+needs = {"onnx_runtime": ("onnxruntime", "onnxscript"), "recurrent_policy": ("sb3_contrib",)}
+missing = [script for script, names in needs.items() if not all(map(importlib.util.find_spec, names))]
+for name in ("onnx_ir", "onnxscript"):
+    logging.getLogger(name).setLevel(logging.WARNING)  # else they tell the console of each node that they change
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples/gallery",
+    "gallery_dirs": "gallery",
+    "filename_pattern": rf"/(?!({'|'.join(missing)})\.py)\w+\.py$",  # which ones run
+    "reset_modules": ("matplotlib", plain),
+    "image_srcset": ["2x"],
+    "capture_repr": (),
+    "download_all_examples": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "min_reported_time": 3600,
+}
+
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # one signature, as on the pages of torch.nn, instead of one per overload
 maximum_signature_line_length = 60
@@ -46,6 +80,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"
 html_title = "rim-rnn"
+html_baseurl = "https://rim-rnn.readthedocs.io/en/latest/"  # where llms.txt says that the pages are
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_logo = "_static/logo.svg"
@@ -58,10 +93,15 @@ html_theme_options = {
 
 
 def setup(app):
-    """The tables of one page are made when it is read, which is whenever the pages are built."""
+    """The tables of one page are made when it is read, which is whenever the pages are built; the gallery's have no source."""
 
     def read(app, page, source):
         source[0] = reliability.fill(source[0]) if page == "reliability" else source[0]
 
+    def link(app, page, template, context, doctree):
+        if page.startswith("gallery/"):
+            context["page_source_suffix"] = ""
+
     app.connect("source-read", read)
+    app.connect("html-page-context", link)
     app.connect("env-get-outdated", lambda *_: ["reliability"])

@@ -48,3 +48,13 @@ def test_every_public_name_has_a_page(name: str) -> None:
 @pytest.mark.parametrize("name", rim_rnn.__all__)
 def test_every_public_name_has_an_example(name: str) -> None:
     assert run(doctest.DocTestFinder(recurse=False).find(getattr(rim_rnn, name), name)) > 0
+
+
+def test_the_drawing_of_the_rooms_has_every_module_above_what_it_imports() -> None:
+    picture = (ROOT / "docs" / "_static" / "rooms.svg").read_text(encoding="utf-8")
+    rooms = {name: int(y) for y, name in re.findall(r'<text class="ink room[^>]* y="(\d+)">(\w+)</text>', picture)}
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in Path(rim_rnn.__file__).parent.glob("*.py")}
+    assert rooms.keys() == sources.keys()
+    for module, source in sources.items():
+        for within, names in re.findall(r"^from rim_rnn(?:\.(\w+))? import (.*)$", source, flags=re.MULTILINE):
+            assert all(rooms[name] > rooms[module] for name in ([within] if within else names.split(", "))), module

@@ -52,6 +52,16 @@ def shown(name: str) -> Any:
     return names[name]
 
 
+def shown_policy() -> Any:
+    """The same for the page's policy, which stands in the gallery."""
+    policies = pytest.importorskip("sb3_contrib.common.recurrent.policies")
+    script = (Path(__file__).parent.parent / "examples" / "gallery" / "recurrent_policy.py").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^class RIMPolicy.*?(?=^\S)", script, re.DOTALL | re.MULTILINE)
+    names = {"__name__": "docs.tools", "RIM": RIM, "RecurrentActorCriticPolicy": policies.RecurrentActorCriticPolicy}
+    exec(code, names)
+    return names["RIMPolicy"]
+
+
 # Lightning
 
 
@@ -218,7 +228,7 @@ def test_sb3_recurrent_ppo_remembers_the_cue(tmp_path: Path) -> None:
     """Chance is 0.5. A saved agent acts as the one that was trained."""
     sb3 = pytest.importorskip("sb3_contrib")
     agent = sb3.RecurrentPPO(
-        shown("RIMPolicy"),
+        shown_policy(),
         cue_env(),
         policy_kwargs={"lstm_hidden_size": 16, "net_arch": []},
         n_steps=128,
