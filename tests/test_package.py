@@ -95,6 +95,17 @@ def test_one_version_everywhere() -> None:
     assert f"\n## {rim_rnn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_what_the_project_s_papers_name_is_there() -> None:
+    """Targets of the Makefile, and the workflows that badges are about."""
+    papers = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", ".readthedocs.yaml", ".ci/run")]
+    papers += [*(ROOT / ".github").rglob("*.*"), *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in papers)
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:(?:^|^ {4}|`|run: |/cpu )make|target:) (\w+)", text, re.MULTILINE)) <= targets
+    workflows = {path.name for path in (ROOT / ".github" / "workflows").iterdir()}
+    assert set(re.findall(r"/actions/workflows/([\w.]+)", text)) <= workflows
+
+
 # ---------------------------------------------------------------- the native operator, or none
 
 BUILD = """
