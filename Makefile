@@ -1,11 +1,16 @@
-# make demo: train on the shipped digits.  make check: everything that CI runs.  make docs: the pages in docs/_build/html.
+# make demo: train on the shipped digits.  make quick: what any change needs.  make check: everything that CI runs.
+# make docs: the pages in docs/_build/html.
 PYTHON ?= python3
 VENV ?= .venv
+ifeq ($(OS),Windows_NT)
+export PATH := $(CURDIR)/$(VENV)/Scripts;$(PATH)
+else
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo check docs
+.PHONY: setup demo lint quick test check docs
 
 setup: $(VENV)/ready
 
@@ -13,7 +18,7 @@ $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py src/rim_rnn/cs
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
 	$(PIP) --no-build-isolation --editable '.[examples,docs,test]'
-	python -c 'import torch, rim_rnn; print("path of a RIM on this CPU:", rim_rnn.RIM(1, 600).path(torch.zeros(1, 1, 1)))'
+	python -m rim_rnn
 	touch $@
 
 $(VENV)/tools: $(VENV)/ready
@@ -24,10 +29,25 @@ demo: setup
 	python examples/study/study.py examples/study/demo.toml --data_dir examples/study/digits --jobs 2 --seeds 0
 	python examples/study/study_report.py examples/study/demo.toml --seeds 0
 
-check: setup $(VENV)/tools docs
+lint: setup
 	ruff format --check
 	ruff check
 	mypy
+	zizmor --offline --no-progress --quiet .
+	check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	check-jsonschema --builtin-schema vendor.readthedocs .readthedocs.yaml
+	check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+quick: lint
+	python -m pytest --quiet -n auto -m 'not tools and not slow'
+
+test: setup
+	python -m pytest -n auto -m 'not tools'
+
+check: lint $(VENV)/tools docs
 	RIM_RNN_NATIVE=0 python -m pytest --quiet -n auto -m 'not tools'
 	python -m pytest --quiet -n auto -m tools
 	python -m pytest -n auto -m 'not tools'

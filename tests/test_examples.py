@@ -25,6 +25,8 @@ import torch
 
 from rim_rnn import RIM, record
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "study"
 MNIST = ROOT.parent / "shared" / "mnist"

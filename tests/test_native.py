@@ -232,6 +232,7 @@ def test_threads_that_share_the_units_of_packed_rows(options: dict[str, Any], re
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "batch"), [(40, 15), (20, 31)])
 def test_threads_with_a_row_less_than_others(steps: int, batch: int) -> None:
     """In steps enough to fill what is collected for the gradients of the weights."""
@@ -257,18 +258,20 @@ def test_any_number_of_threads(threads: int, batch: int) -> None:
             assert torch.equal(together[name], expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"rnn_cell": "GRU", "bias": False},
-        {"proj_size": 8, "num_comm_heads": 0},
+        {"proj_size": 4, "num_comm_heads": 0},
         {"num_input_heads": 2, "input_dropout": 0.4, "comm_dropout": 0.4},
     ],
 )
 def test_gradcheck(options: dict[str, Any]) -> None:
-    sizes = {"hidden_size": 12, "key_size_input": 3, "value_size_input": 2, "key_size_comm": 2, "value_size_comm": 3}
-    cell = make(input_size=2, **sizes, **options)
+    sizes = {"input_size": 2, "hidden_size": 8, "key_size_input": 3, "value_size_input": 2}
+    sizes |= {"num_comm_heads": 2, "key_size_comm": 2, "value_size_comm": 3}
+    cell = make(**(sizes | options))
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     state = tuple(s.requires_grad_() for s in states(cell, 2))
     names, parameters = zip(*cell.named_parameters(), strict=True)
@@ -312,6 +315,7 @@ def test_backward_twice_and_second_derivative() -> None:
     torch.testing.assert_close(*second, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(packed: bool) -> None:
     for cell in (make(), make(rnn_cell="GRU", bias=False, num_comm_heads=0), make(proj_size=8, comm_bounded=False, **DROPOUTS)):
@@ -453,6 +457,7 @@ def _run_in_child(queue: Any, cell: RIMCell[Any], x: Tensor, state: tuple[Tensor
     queue.put((output.detach().numpy(), torch.autograd.grad(output.sum(), cell.dynamics.weight_hh)[0].numpy()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_in_another_process(method: str) -> None:
@@ -506,6 +511,7 @@ for options in ({}, {"rnn_cell": "GRU", "hidden_size": 68}, {"proj_size": 12, "b
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("program", [ULPS, SCAN], ids=["exp and tanh", "scan"])
 def test_every_instruction_set(isa: str, program: str) -> None:

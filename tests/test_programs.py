@@ -154,6 +154,7 @@ class Network:
 networks = st.composite(Network)
 
 
+@pytest.mark.slow
 @needs_native
 @settings(max_examples=50)
 @given(networks())
@@ -390,6 +391,7 @@ def refusal(habit: Callable[[], Any]) -> str:
     return ""
 
 
+@pytest.mark.slow
 @paths
 @kinds
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -423,6 +425,7 @@ def test_detached_in_place_wherever_torch_allows_it(kind: str, path: str) -> Non
     assert allowed["output"] > 100
 
 
+@pytest.mark.slow
 @paths
 @kinds
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -464,6 +467,7 @@ UNITS = ("LSTM", "GRU")
 units = pytest.mark.parametrize("rnn_cell", UNITS)
 
 
+@pytest.mark.slow
 @paths
 @units
 @pytest.mark.parametrize("scale", [1, 10, 1000])
@@ -492,6 +496,7 @@ def text() -> Tensor:
     return torch.tensor([alphabet.index(character) for character in written])
 
 
+@pytest.mark.slow
 @units
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_stateful_character_model_trains(rnn_cell: str, seed: int) -> None:

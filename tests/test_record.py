@@ -205,6 +205,7 @@ def test_recordings_can_be_nested_and_know_only_their_own_layer() -> None:
     assert upper[0].active.shape == (1, 2, 3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_layer_records_the_same(backend: str) -> None:
     rnn, x = layer(num_layers=2), torch.randn(3, 2, 3)

@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rim_rnn import RIM, native
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "speed"
 
