@@ -1,11 +1,12 @@
 # make demo: train on the shipped digits.  make check: everything that CI runs.  make docs: the pages in docs/_build/html.
+# make package: what the index would say of the package.  make wheels: what a release uploads, in dist/.
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo check docs
+.PHONY: setup demo check docs package wheels
 
 setup: $(VENV)/ready
 
@@ -20,11 +21,15 @@ $(VENV)/tools: $(VENV)/ready
 	$(PIP) --no-build-isolation --editable '.[tools]'
 	touch $@
 
+$(VENV)/release: $(VENV)/ready
+	$(PIP) --no-build-isolation --editable '.[release]'
+	touch $@
+
 demo: setup
 	python examples/study/study.py examples/study/demo.toml --data_dir examples/study/digits --jobs 2 --seeds 0
 	python examples/study/study_report.py examples/study/demo.toml --seeds 0
 
-check: setup $(VENV)/tools docs
+check: setup $(VENV)/tools docs package
 	ruff format --check
 	ruff check
 	mypy
@@ -35,3 +40,13 @@ check: setup $(VENV)/tools docs
 docs: setup
 	python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
 	python -m sphinx -W -n --keep-going -q -b doctest docs docs/_build/doctest
+
+package: setup $(VENV)/release
+	rm -rf .cache/package
+	RIM_RNN_NATIVE=0 python -m build --no-isolation --outdir .cache/package > /dev/null
+	twine check --strict .cache/package/*
+	check-wheel-contents .cache/package/*.whl
+	check-manifest --no-build-isolation
+
+wheels: setup $(VENV)/release
+	.ci/wheels
