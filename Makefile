@@ -1,5 +1,6 @@
 # make demo: train on the shipped digits.  make quick: what any change needs.  make check: everything that CI runs.
-# make docs: the pages in docs/_build/html.
+# make docs: the pages in docs/_build/html.  make package: what the index would say of the package.
+# make wheels: what a release uploads, in dist/.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(OS),Windows_NT)
@@ -10,7 +11,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo lint quick test check docs
+.PHONY: setup demo lint quick test check docs package wheels
 
 setup: $(VENV)/ready
 
@@ -23,6 +24,10 @@ $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py src/rim_rnn/cs
 
 $(VENV)/tools: $(VENV)/ready
 	$(PIP) --no-build-isolation --editable '.[tools]'
+	touch $@
+
+$(VENV)/release: $(VENV)/ready
+	$(PIP) --no-build-isolation --editable '.[release]'
 	touch $@
 
 demo: setup
@@ -47,7 +52,7 @@ quick: lint
 test: setup
 	python -m pytest -n auto -m 'not tools'
 
-check: lint $(VENV)/tools docs
+check: lint $(VENV)/tools docs package
 	RIM_RNN_NATIVE=0 python -m pytest --quiet -n auto -m 'not tools'
 	python -m pytest --quiet -n auto -m tools
 	python -m pytest -n auto -m 'not tools'
@@ -55,3 +60,13 @@ check: lint $(VENV)/tools docs
 docs: setup
 	python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
 	python -m sphinx -W -n --keep-going -q -b doctest docs docs/_build/doctest
+
+package: setup $(VENV)/release
+	rm -rf .cache/package
+	RIM_RNN_NATIVE=0 python -m build --no-isolation --outdir .cache/package > /dev/null
+	twine check --strict .cache/package/*
+	check-wheel-contents .cache/package/*.whl
+	check-manifest --no-build-isolation
+
+wheels: setup $(VENV)/release
+	.ci/wheels

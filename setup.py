@@ -5,6 +5,7 @@ serves every Python from 3.10 and every torch from 2.10. Where it can not be bui
 """
 
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -15,6 +16,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 CSRC = "src/rim_rnn/csrc"
+WHERE = [('^Homepage = "(.+)"', "pyproject.toml"), ('^__version__ = "(.+)"', "src/rim_rnn/__init__.py")]
 
 
 def native() -> Extension | str:
@@ -55,6 +57,14 @@ def go_without(command: Command, reason: object) -> None:
     print(f"rim_rnn: installing without the native operator, in pure Python: {short}", file=sys.stderr)
 
 
+def readme() -> str:
+    """README.md for the index: what it links to in the repository is linked to there, as it was at this version's tag."""
+    here, version = (re.search(pattern, (HERE / name).read_text(encoding="utf-8"), re.MULTILINE)[1] for pattern, name in WHERE)
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\1{here}/raw/v{version}/", text)
+    return re.sub(r"(\]\()(?!https?:)", rf"\1{here}/blob/v{version}/", text)
+
+
 class BuildPython(build_py):
     """setup.py runs for the metadata too; this command runs once."""
 
@@ -76,6 +86,8 @@ class BuildOrGoWithout(build_ext):
 operator = native()
 built = isinstance(operator, Extension)
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[operator] if built else [],
     cmdclass={"build_py": BuildPython, "build_ext": BuildOrGoWithout},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if built else {},

@@ -5,6 +5,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,6 +16,7 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -76,6 +80,19 @@ class Input {
   Optional copy_;
 };
 
+#if defined(__x86_64__)
+// Asked here: in zig's run-time library __builtin_cpu_supports says no to everything.
+void ask_processor(bool& avx2, bool& avx512) {
+  unsigned a, b, c, d, kept = 0, rest;  // kept: the registers that the system keeps for a thread
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return;
+  __asm__("xgetbv" : "=a"(kept), "=d"(rest) : "c"(0));
+  constexpr unsigned wide = 0x06, widest = 0xe6, all = bit_AVX512F | bit_AVX512VL | bit_AVX512DQ | bit_AVX512BW;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+  avx2 = (kept & wide) == wide && (b & bit_AVX2);
+  avx512 = avx2 && (kept & widest) == widest && (b & all) == all;
+}
+#endif
+
 // The instruction set: the best that the processor has, or the one that RIM_RNN_ISA names.
 constexpr const char* ISAS[] = {"baseline", "avx2", "avx512"};  // as native.py has them
 
@@ -83,10 +100,7 @@ int64_t isa() {
   static const int64_t chosen = [] {
     bool has[] = {true, false, false};
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    has[1] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    has[2] = has[1] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512bw");
+    ask_processor(has[1], has[2]);
 #endif
     const char* wanted = std::getenv("RIM_RNN_ISA");
     if (!wanted || !*wanted) return has[2] ? 2 : has[1] ? 1 : 0;
@@ -420,6 +434,28 @@ std::vector<Tensor> scan_backward(Optional grad_output, Optional grad_h, Optiona
                           : scan_backward_as<float>(a, grad_output, grad_h, grad_c, output, winners, saved, input_grad);
 }
 
+// No exception leaves this library, which may have another C++ run-time library than libtorch has: its message does, and libtorch
+// throws an error of its own. That one passes through guarded(), which therefore has nothing to clean up.
+using Boxed = void(StableIValue* stack, uint64_t given, uint64_t returned);
+using Message = char[4096];
+
+template <Boxed operation>
+[[gnu::noinline]] bool fails(StableIValue* stack, uint64_t given, uint64_t returned, Message& message) {
+  try {
+    operation(stack, given, returned);
+    return false;
+  } catch (const std::exception& error) {
+    std::snprintf(message, sizeof message, "%s", error.what());
+    return true;
+  }
+}
+
+template <Boxed operation>
+void guarded(StableIValue* stack, uint64_t given, uint64_t returned) {
+  Message message;
+  if (fails<operation>(stack, given, returned, message)) aoti_torch_check(false, __func__, __FILE__, __LINE__, message);
+}
+
 }  // namespace
 }  // namespace rim
 
@@ -431,10 +467,10 @@ STABLE_TORCH_LIBRARY(rim_rnn, m) {
         "bool input_grad, " RIM_SCHEMA ") -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&rim::isa)); }
+STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CompositeExplicitAutograd, m) { m.impl("isa", &rim::guarded<TORCH_BOX(&rim::isa)>); }
 
 STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CPU, m) {
-  m.impl("infer", TORCH_BOX(&rim::infer));
-  m.impl("scan", TORCH_BOX(&rim::scan));
-  m.impl("scan_backward", TORCH_BOX(&rim::scan_backward));
+  m.impl("infer", &rim::guarded<TORCH_BOX(&rim::infer)>);
+  m.impl("scan", &rim::guarded<TORCH_BOX(&rim::scan)>);
+  m.impl("scan_backward", &rim::guarded<TORCH_BOX(&rim::scan_backward)>);
 }

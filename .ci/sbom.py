@@ -1,0 +1,64 @@
+"""What an unpacked wheel is made of and needs, as a CycloneDX document in its dist-info (PEP 770).
+
+python .ci/sbom.py FOLDER
+"""
+
+import email
+import os
+import re
+import subprocess
+import sys
+import uuid
+from datetime import datetime, timezone
+from importlib.metadata import metadata, version
+from pathlib import Path
+
+from cyclonedx.factory.license import LicenseFactory
+from cyclonedx.model.bom import Bom
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.output.json import JsonV1Dot6
+from packageurl import PackageURL
+from packaging.requirements import Requirement
+
+LLVM = "Apache-2.0 WITH LLVM-exception"
+
+
+def component(name: str, licence: str, what: str = "", version: str | None = None, pypi: bool = False) -> Component:
+    return Component(
+        name=name,
+        version=version,
+        description=what or None,
+        type=ComponentType.LIBRARY,
+        licenses=[LicenseFactory().make_from_string(licence)],
+        purl=PackageURL("pypi", name=name, version=version) if pypi else None,
+        bom_ref=f"{name} {what}".strip(),
+    )
+
+
+def licence(package: str) -> str:
+    found = metadata(package)
+    return found.get("License-Expression") or found["License"]
+
+
+def main(folder: Path) -> None:
+    (info,) = folder.glob("*.dist-info")
+    own = email.message_from_string((info / "METADATA").read_text())
+    required = [Requirement(entry) for entry in own.get_all("Requires-Dist", []) if "extra ==" not in entry]
+    parts = [component(r.name, licence(r.name), f"required at run time: {r}", pypi=True) for r in required]
+    if list(folder.glob("rim_rnn/_native.*")):
+        clang = subprocess.run([sys.executable, "-m", "ziglang", "c++", "--version"], capture_output=True, text=True, check=True)
+        llvm = re.search(r"clang version (\S+)", clang.stdout)[1]
+        parts += [component(name, LLVM, "linked in", llvm) for name in ("libc++", "libc++abi", "libunwind")]
+        parts += [component("compiler_rt", licence("ziglang"), "linked in, of zig", version("ziglang"))]
+        parts += [component("torch", licence("torch"), "headers compiled in", version("torch").partition("+")[0], pypi=True)]
+    bom = Bom(components=parts)
+    bom.metadata.component = component("rim-rnn", own["License-Expression"], version=own["Version"], pypi=True)
+    bom.metadata.timestamp = datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), timezone.utc)
+    bom.serial_number = uuid.uuid5(uuid.NAMESPACE_URL, f"{folder.name} {(info / 'WHEEL').read_text()}")
+    bom.register_dependency(bom.metadata.component, parts)
+    (info / "sboms").mkdir()
+    (info / "sboms" / "rim-rnn.cdx.json").write_text(JsonV1Dot6(bom).output_as_string(indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
