@@ -1028,7 +1028,7 @@ def test_no_train_evaluates_the_saved_model_and_leaves_the_run_alone(
 def test_table_and_curves_come_from_the_log_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log, picture = EXAMPLE / "results" / "demo.jsonl", tmp_path / "curves.png"
+    log, picture = EXAMPLE / "results/demo/sequential_mnist/RIM/seed-0/metrics.jsonl", tmp_path / "curves.png"
     monkeypatch.setattr(sys, "argv", ["report.py", str(log), str(picture)])
     report.main()
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -21,11 +21,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from checkpoint import METRICS, replace
-from common import put
 from report import ACTIVITY, FAINT, STYLE, UNITS, chosen, draw_guess, markdown
 from study import Row, StudyError, build_parser, parse
 from tasks import TASKS, Task
 from tasks.task import Measure
+
+sys.path.append(str(Path(__file__).parents[1]))
+from common import put
 
 WRITER = "examples/study/study_report.py"
 TABLE = "table.md"
