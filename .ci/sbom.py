@@ -46,7 +46,9 @@ def main(folder: Path) -> None:
     required = [Requirement(entry) for entry in own.get_all("Requires-Dist", []) if "extra ==" not in entry]
     parts = [component(r.name, licence(r.name), f"required at run time: {r}", pypi=True) for r in required]
     if list(folder.glob("rim_rnn/_native.*")):
-        clang = subprocess.run([sys.executable, "-m", "ziglang", "c++", "--version"], capture_output=True, text=True, check=True)
+        clang = subprocess.run(
+            [sys.executable, "-m", "ziglang", "c++", "--version"], capture_output=True, text=True, check=True
+        )
         llvm = re.search(r"clang version (\S+)", clang.stdout)[1]
         parts += [component(name, LLVM, "linked in", llvm) for name in ("libc++", "libc++abi", "libunwind")]
         parts += [component("compiler_rt", licence("ziglang"), "linked in, of zig", version("ziglang"))]

@@ -80,7 +80,7 @@ def test_metadata(archives: dict[str, Path]) -> None:
     metadata = email.message_from_bytes(archive.read(path))
     required = [entry for entry in metadata.get_all("Requires-Dist", []) if "extra ==" not in entry]
     assert sorted(re.split(r"[^\w-]", entry)[0] for entry in required) == ["torch", "typing-extensions"]
-    assert metadata.get_all("Provides-Extra") == ["examples", "docs", "test", "tools"]
+    assert metadata.get_all("Provides-Extra") == ["examples", "docs", "test", "release", "tools"]
     assert metadata["Version"] == rim_rnn.__version__
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"] == ">=3.10"
