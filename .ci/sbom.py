@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from importlib.metadata import metadata, version
 from pathlib import Path
 
-from cyclonedx.factory.license import LicenseFactory
+from cyclonedx.contrib.license.factories import LicenseFactory
 from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
@@ -46,10 +46,8 @@ def main(folder: Path) -> None:
     required = [Requirement(entry) for entry in own.get_all("Requires-Dist", []) if "extra ==" not in entry]
     parts = [component(r.name, licence(r.name), f"required at run time: {r}", pypi=True) for r in required]
     if list(folder.glob("rim_rnn/_native.*")):
-        clang = subprocess.run(
-            [sys.executable, "-m", "ziglang", "c++", "--version"], capture_output=True, text=True, check=True
-        )
-        llvm = re.search(r"clang version (\S+)", clang.stdout)[1]
+        clang = subprocess.check_output([sys.executable, "-m", "ziglang", "c++", "--version"], text=True)
+        llvm = re.search(r"clang version (\S+)", clang)[1]
         parts += [component(name, LLVM, "linked in", llvm) for name in ("libc++", "libc++abi", "libunwind")]
         parts += [component("compiler_rt", licence("ziglang"), "linked in, of zig", version("ziglang"))]
         parts += [component("torch", licence("torch"), "headers compiled in", version("torch").partition("+")[0], pypi=True)]

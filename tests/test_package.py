@@ -90,6 +90,22 @@ def test_metadata(archives: dict[str, Path]) -> None:
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
 
 
+def test_page_on_the_index_links_to_the_repository(archives: dict[str, Path]) -> None:
+    """The index has no files of ours: links and pictures lead to where they are at the tag of this version."""
+    archive = zipfile.ZipFile(archives["wheel"])
+    (path,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    page = email.message_from_bytes(archive.read(path)).get_payload()
+    here, there = (re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", text) for text in ((ROOT / "README.md").read_text(), page))
+    assert len(here) == len(there) > 10
+    tag = f"v{rim_rnn.__version__}"
+    for (picture, target), (_, link) in zip(here, there, strict=True):
+        if target.startswith("http"):
+            assert link == target
+        else:
+            assert (ROOT / target).exists(), target
+            assert link == f"https://github.com/rim-rnn/rim-rnn/{'raw' if picture else 'blob'}/{tag}/{target}"
+
+
 def test_one_version_everywhere() -> None:
     assert f"\nversion: {rim_rnn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {rim_rnn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
@@ -173,7 +189,10 @@ def test_a_binary_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pyte
     """None, one older than its sources (a checkout that was updated), and one that can not be loaded."""
     monkeypatch.delenv("RIM_RNN_NATIVE", raising=False)
     monkeypatch.setattr(readable, "is_registered", lambda *_: False)  # as in a process that has none yet
-    assert reason_in(tmp_path) == "the native operator is not built (pip install -v says why)"
+    assert (
+        reason_in(tmp_path)
+        == "the native operator is not installed (the page Installing says where it is, and how to build it)"
+    )
     binary, source = tmp_path / "_native.abi3.so", tmp_path / "csrc" / "rim.cpp"
     source.parent.mkdir()
     binary.touch()
@@ -215,6 +234,12 @@ allowed |= {"sympy", "mpmath", "networkx", "jinja2", "markupsafe", "filelock", "
 sys.meta_path.insert(0, Nothing())
 import torch, typing_extensions
 before = set(sys.modules)
+
+def refuse(event, arguments):
+    if event.partition(".")[0] in ("socket", "pickle", "subprocess", "urllib"):
+        raise RuntimeError(event)
+
+sys.addaudithook(refuse)
 import rim_rnn
 print(*sorted(set(sys.modules) - before))
 print(rim_rnn.__file__)
@@ -222,17 +247,22 @@ for rnn in rim_rnn.RIM(4, 12), rim_rnn.RIM(4, 12, rnn_cell="GRU"):
     with rim_rnn.record(rnn) as records:
         rnn(torch.randn(5, 3, 4))[0].sum().backward()
     assert len(records) == 1
+print(rnn.path(torch.randn(5, 3, 4)))
 """
 
 
 def test_the_wheel_runs_with_torch_alone(archives: dict[str, Path], tmp_path: Path) -> None:
-    """Importing loads no module of anyone else's, nor any part of torch that `import torch` has not loaded."""
+    """Importing loads no module of anyone else's, nor any part of torch that `import torch` has not loaded.
+
+    Neither it nor a call opens a connection, starts a process or unpickles. This wheel has no operator, and `path` says so.
+    """
     zipfile.ZipFile(archives["wheel"]).extractall(tmp_path)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "RIM_RNN_NATIVE": ""}
     command = [sys.executable, "-W", "error", "-W", "ignore:Failed to initialize NumPy", "-c", ALONE]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    new, place = done.stdout.splitlines()
+    new, place, path = done.stdout.splitlines()
+    assert path.startswith("readable: the native operator is not installed (the page Installing")
     assert Path(place).parent == tmp_path / "rim_rnn"
     foreign = {name for name in new.split() if name.partition(".")[0] not in sys.stdlib_module_names}
     assert foreign == {"rim_rnn"} | {f"rim_rnn.{name[:-3]}" for name in MODULES if name[0] != "_"}

@@ -50,7 +50,7 @@ def _load() -> str | None:
     here = Path(__file__).parent
     library = next((path for path in here.glob("_native.*") if path.suffix in (".so", ".pyd")), None)
     if library is None:
-        reason = "the native operator is not built (pip install -v says why)"
+        reason = "the native operator is not installed (the page Installing says where it is, and how to build it)"
     elif library.stat().st_mtime < max((path.stat().st_mtime for path in here.glob("csrc/*")), default=0):  # in a checkout
         reason = "the native operator is older than its sources (make setup builds it again)"
     else:
