@@ -138,12 +138,14 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
     """The first measure against the size, of the chosen epochs; and over the epochs, at each size."""
     name, measure = next(iter(task.measures.items()))
     sizes, shades = test_sizes(groups), plt.get_cmap("tab10" if len(groups) <= 10 else "tab20")
-    panels: list[tuple[str, Any]] = []
-    if any(run.row.arguments.valid for group in groups for run in group.runs):
+    runs = [run for group in groups for run in group.runs]
+    panels: list[tuple[str, Any]] = [("training", lambda line: line.get(f"train_{name}", np.nan))]
+    if any(run.row.arguments.valid for run in runs):
         panels.append(("validation", lambda line: line.get(f"valid_{name}", np.nan)))
-    panels += [
-        (f"test, {task.label(size)}", lambda line, size=size: line[f"test_{name}"].get(str(size), np.nan)) for size in sizes
-    ]
+    if any(sum(bool(line[f"test_{name}"]) for line in run.epochs) > 2 for run in runs):  # more than chosen and last
+        panels += [
+            (f"test, {task.label(size)}", lambda line, size=size: line[f"test_{name}"].get(str(size), np.nan)) for size in sizes
+        ]
     figures = {
         "curves": plt.subplots(1, len(panels), figsize=(3.4 * len(panels) + 2, 3.6), squeeze=False, layout="constrained"),
         "sizes": plt.subplots(1, 1, figsize=(7, 4), squeeze=False, layout="constrained"),
