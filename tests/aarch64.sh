@@ -21,6 +21,6 @@ cp -r tests pyproject.toml "$work" # away from src
 cd "$work"
 export QEMU_CPU=cortex-a76 QEMU_LD_PREFIX="$work/system" PYTHONPATH="$work/site" RIM_RNN_NATIVE=1
 emulated="qemu-aarch64-static $python"
-$emulated -c 'import platform, torch; from rim_rnn import native; print(platform.machine(), platform.python_version(), torch.__version__, native.instruction_set())'
+$emulated -m rim_rnn
 [ $# -gt 0 ] || set -- -v
 $emulated -m pytest -p no:cacheprovider tests/test_native.py "$@"
