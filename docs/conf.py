@@ -93,10 +93,10 @@ html_theme_options = {
 
 
 def setup(app):
-    """The tables of one page are made when it is read, which is whenever the pages are built; the gallery's have no source."""
+    """Tables of some pages are made when they are read, which is whenever the pages are built; the gallery's have no source."""
 
     def read(app, page, source):
-        source[0] = reliability.fill(source[0]) if page == "reliability" else source[0]
+        source[0] = reliability.fill(source[0]) if page in reliability.PAGES else source[0]
 
     def link(app, page, template, context, doctree):
         if page.startswith("gallery/"):
@@ -104,4 +104,4 @@ def setup(app):
 
     app.connect("source-read", read)
     app.connect("html-page-context", link)
-    app.connect("env-get-outdated", lambda *_: ["reliability"])
+    app.connect("env-get-outdated", lambda *_: list(reliability.PAGES))

@@ -1,4 +1,4 @@
-"""The tables of reliability.md, counted from tests/ and read from the logs in tests/results/ whenever the pages are built."""
+"""The tables of two pages, counted from tests/ and read from the logs in tests/results/ whenever the pages are built."""
 
 import ast
 import importlib.util
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent.parent / "tests"
+PAGES = ("compatibility", "reliability")
 OUTCOMES = ("equal", "refused", "stricter", "near tie", "failed")
 
 
@@ -87,6 +88,29 @@ def memory(samples: list[dict[str, Any]], begin: float) -> str:
     return f"{min(sizes):.0f} and {max(sizes):.0f} MiB"
 
 
+def matrix() -> str:
+    """How the tests ended in each clean environment."""
+    path = TESTS / "results" / "matrix.jsonl"
+    if not path.exists():
+        return "*No log of a run is kept yet.*"
+
+    def outcome(tests: dict[str, Any]) -> str:
+        return "" if not tests else f"{tests['passed']:,}" + f", {len(tests['failed'])} failed" * bool(tests["failed"])
+
+    logs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows: list[list[object]] = []
+    for log in logs:
+        python, torch = log.get("versions") or (log["cell"]["python"], log["cell"]["torch"])
+        ends = (
+            [outcome(log.get(path, {})) for path in ("native", "readable")] if "problem" not in log else ["not installed", ""]
+        )
+        rows.append([python.split()[0], torch, log["cell"]["how"], *ends])
+    dates, commits = sorted({log["date"][:10] for log in logs}), sorted({str(log["commit"])[:12] for log in logs})
+    where = f"{logs[0]['cpu']}, {logs[0]['cores']} cores, {logs[0]['system']}"
+    header = ["Python", "torch", "installed from", "native path: passed", "readable path: passed"]
+    return f"{table(header, rows)}\n\n`python tests/matrix.py`, {' and '.join(dates)}, commit {' and '.join(commits)}, {where}."
+
+
 def origin(log: dict[str, Any]) -> str:
     """Of what and where a log is."""
     took = f", {log['seconds']:,.0f} s" if "seconds" in log else ""
@@ -96,14 +120,14 @@ def origin(log: dict[str, Any]) -> str:
     )
 
 
-TABLES = {f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, hostile, sanitized, soak)}
+TABLES = {f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, hostile, sanitized, soak, matrix)}
 
 
 def fill(text: str) -> str:
     """The page with its tables; an error if it names a file that is not there."""
     missing = [name for name in re.findall(r"`(?:tests/)?(\w+\.(?:py|sh))`", text) if not (TESTS / name).exists()]
     if missing:
-        raise FileNotFoundError(f"reliability.md names {', '.join(missing)}")
+        raise FileNotFoundError(f"a page names {', '.join(missing)}")
     for place, make in TABLES.items():
         text = text.replace(place, make())
     return text
