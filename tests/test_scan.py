@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, unpack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rim_rnn import RIM, RIMCell
 
@@ -255,3 +257,31 @@ def test_outputs_and_states_can_be_changed_in_place_after_the_fact(kind: dict[st
         for t in (output, *pair(state)):
             t.zero_()
         assert_identical([x, *hx], kept)
+
+
+# Devices
+
+
+class OnDevice(TorchDispatchMode):
+    """Lets no operation see a tensor that is not on the device. Meta tensors have no values, so to ask for one is an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        elsewhere = [t.device for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor) and not t.is_meta]
+        assert not elsewhere, f"{func} sees tensors on {elsewhere}"
+        return result
+
+
+@kinds
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_device_never_waits_for_the_host(kind: dict[str, Any], packed: bool) -> None:
+    """Neither forward nor backward: what it is to do never depends on a value, and no value goes there or comes back."""
+    rnn = RIM(3, 8, 2, bidirectional=True, num_units=4, dropout=0.1, input_dropout=0.1, comm_dropout=0.1, device="meta", **kind)
+    x = torch.empty(5, 3, 3, device="meta", requires_grad=True)
+    sequence: Any = pack_padded_sequence(x, [5, 3, 2]) if packed else x
+    with OnDevice():
+        output, last = rnn(sequence)
+        loss = sum(t.sum() for t in (output.data if packed else output, *pair(last)))
+        loss.backward()
+    assert x.grad is not None
+    assert x.grad.is_meta
