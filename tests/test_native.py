@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import assert_identical
+from drawn import assert_identical, normal, strong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -676,6 +676,46 @@ def test_out_of_memory_says_for_what_and_how_much() -> None:
     said = fails(MEMORY)
     assert "not enough memory for what backward needs of shape (3712000000,)" in said
     assert f"could not allocate {3712000000 * 4} bytes" in said
+
+
+def test_working_memory_is_kept_and_can_be_given_back() -> None:
+    """A call leaves some for the next; without any, the next has the same bits."""
+    rnn, x = RIM(3, 24), normal(5, 4, 3, seed=1).float()
+    before = rnn(x)[0]
+    assert native.empty_cache() > 0
+    assert native.empty_cache() == 0
+    assert_identical(rnn(x)[0], before)
+
+
+def test_working_memory_that_is_kept_is_bounded() -> None:
+    rnn, x = RIM(2, 960, dtype=torch.float64), normal(1, 4000, 2, seed=1)
+    native.empty_cache()
+    with torch.no_grad():
+        rnn(x)  # 250 MB
+        assert native.empty_cache() == 0
+        rnn(x[:, :1])
+    assert 0 < native.empty_cache() <= 64 << 20
+
+
+def test_calls_at_the_same_time_have_memory_of_their_own() -> None:
+    """Layers of different sizes, each in a Python thread of its own, forward and backward."""
+    layers = [strong(RIM(3, 12 * (i + 1), num_units=4)) for i in range(4)]
+    x, wrong = normal(40, 8, 3, seed=1).float(), []
+
+    def results(rnn: RIM[Any]) -> list[Tensor]:
+        output = rnn(x)[0]
+        return [output, *torch.autograd.grad(output.square().sum(), list(rnn.parameters()))]
+
+    def repeat(rnn: RIM[Any], expected: list[Tensor]) -> None:
+        for _ in range(20):
+            wrong.extend(1 for got, right in zip(results(rnn), expected, strict=True) if not torch.equal(got, right))
+
+    threads = [threading.Thread(target=repeat, args=(rnn, results(rnn))) for rnn in layers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 HUGE: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [

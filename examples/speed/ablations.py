@@ -153,15 +153,15 @@ ABLATIONS = [
         "heads whose length the compiler knows", LONG, ((STEP, "(size) % WIDTH<T> ? 0 : (size) / WIDTH<T>", "(size) * 0"),)
     ),
     Ablation(
-        "weight gradients collected into products of 256 rows",
+        "weight gradients collected into products of 64 rows and more",
         LONG,
-        ((STEP, "enough = 255 + rows_per_step;", "enough = rows_per_step;"),),
+        ((STEP, "MOST_IN_PLACE : 63) + most;", "MOST_IN_PLACE : 0) + most;"),),
     ),
     # Calls of few rows
     Ablation(
         "weights used as they lie where there are few rows",
         ("act16",),
-        ((PLAN, "s.in_place = s.total <= 255 &&", "s.in_place = s.total <= 0 &&"),),
+        ((PLAN, "s.in_place = s.total <= MOST_IN_PLACE &&", "s.in_place = s.total <= 0 &&"),),
     ),
     Ablation(
         "the fewest rows divided by units, so that a core fetches the weights of its own alone",
@@ -195,6 +195,11 @@ ABLATIONS = [
                 '  const char* what = "";',
             ),
         ),
+    ),
+    Ablation(
+        "working memory kept from one call to the next",
+        (*LONG, "act16"),
+        ((PLAN, "MOST_KEPT = 64 << 20;", "MOST_KEPT = 0;"),),
     ),
     Ablation(
         "memory that comes fresh from the system in pages of 2 MB",
@@ -307,7 +312,7 @@ ABLATIONS = [
     Ablation(
         "weight gradients as one product over all steps",
         LONG,
-        ((STEP, "enough = 255 + rows_per_step;", "enough = all;"),),
+        ((STEP, "MOST_IN_PLACE : 63) + most;", "MOST_IN_PLACE : 0) + all;"),),
         group="lost",
     ),
     Ablation(

@@ -85,6 +85,7 @@ struct Problem {
   Parameters<T> grad;
 };
 
+constexpr int MOST_IN_PLACE = 255;  // rows of all steps: panels hold them, so that weight gradients are summed up once, at the end
 constexpr int PHASES = 5;  // of a step of forward: step.h
 
 // The kernels of one instruction set. Tasks may run on several threads; those of one call end before those of the next begin.

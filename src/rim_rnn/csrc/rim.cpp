@@ -14,6 +14,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cmath>
 #include <cstdio>
@@ -260,7 +261,7 @@ struct Call {
     const double as_they_lie = apart_key + apart_value + s.steps * elements(s.key, s.value);
     const double packed = std::min(folded_key, apart_key) + std::min(folded_value, apart_value) +
                           (s.steps + 30) * elements(fold_key ? in1 : s.key, fold_value ? in1 : s.value);
-    s.in_place = s.total <= 255 && as_they_lie < packed;  // 255: what panels hold
+    s.in_place = s.total <= MOST_IN_PLACE && as_they_lie < packed;
     s.fold_key = fold_key && !s.in_place, s.fold_value = fold_value && !s.in_place;
     const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
     const double threads = torch::stable::get_num_threads();
@@ -271,7 +272,7 @@ struct Call {
     const bool by_units = s.in_place && !backward && std::max<double>(s.batch, 3) / hands + 0.5 < std::max(s.batch / blocks, 3.0);
     s.blocks = by_units ? 1 : int(blocks);
     s.hands = by_units ? int(hands) : 1;
-    s.workers = int(std::min({threads, double(s.n), std::floor(elements(s.S(), s.F()) / 1e5) + 1}));
+    s.workers = int(std::min({threads, double(s.n), std::floor(elements(s.S(), s.F()) / 2.5e4) + 1}));
   }
 };
 
@@ -284,6 +285,61 @@ void parallel(int64_t tasks, const F& task) {
   });
 }
 
+// A large piece comes fresh from the system each time: in pages of 2 MB where it gives them, for each of 4 KB is a fault.
+constexpr int64_t LARGE = 1 << 22;
+void in_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(first), (bytes - page) / page * page, MADV_HUGEPAGE);  // advice: whether it is taken is all one
+#endif
+}
+
+// What a call computes in. One piece stays for the next call, for to fetch it again takes small calls as long as their
+// arithmetic does; calls at the same time have pieces of their own, and the last to end leaves its own.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    piece_ = kept.exchange(nullptr);
+    if (piece_ && piece_->bytes >= bytes) return;
+    std::free(piece_);
+    const int64_t all = (sizeof(Piece) + bytes + 63) / 64 * 64;
+    piece_ = static_cast<Piece*>(std::aligned_alloc(64, all));
+    if (!piece_) fail("not enough memory for a call: could not allocate " + std::to_string(all) + " bytes");
+    if (all >= LARGE) in_large_pages(piece_, all);
+    piece_->bytes = bytes;
+  }
+  ~Workspace() { std::free(kept.exchange(piece_->bytes <= MOST_KEPT ? piece_ : nullptr)); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return piece_ + 1; }
+
+  static int64_t release() {
+    Piece* piece = kept.exchange(nullptr);
+    const int64_t bytes = piece ? piece->bytes : 0;
+    std::free(piece);
+    return bytes;
+  }
+
+ private:
+  struct alignas(64) Piece {
+    int64_t bytes;
+  };
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr int64_t MOST_KEPT = 0;  // a piece of its own for each call, so that to go beyond it is seen
+#else
+  static constexpr int64_t MOST_KEPT = 64 << 20;
+#endif
+  static inline std::atomic<Piece*> kept{nullptr};
+  Piece* piece_;
+};
+
+int64_t bytes_of(AtenTensorHandle tensor) {
+  int64_t bytes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &bytes));
+  return bytes;
+}
+
 // Contiguous memory on the CPU. Straight from the C functions of the ABI: torch::stable::empty looks its operator up by name.
 template <class AnyShape = Braces>
 Tensor empty(const char* what, const AnyShape& shape, int32_t dtype) {
@@ -292,20 +348,11 @@ Tensor empty(const char* what, const AnyShape& shape, int32_t dtype) {
   for (size_t d = shape.size(); d-- > 0; stride *= shape.begin()[d]) strides[d] = stride;
   AtenTensorHandle made;
   if (aoti_torch_empty_strided(shape.size(), &*shape.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &made) != AOTI_TORCH_SUCCESS) {
-    const int64_t bytes = dtype == aoti_torch_dtype_uint8() ? 1 : dtype == aoti_torch_dtype_float64() ? 8 : 4;
+    const int64_t bytes = dtype == aoti_torch_dtype_float64() ? 8 : 4;
     fail(std::string("not enough memory for ") + what + " of shape " + shape_of(shape) + ": could not allocate " + std::to_string(stride * bytes) + " bytes");
   }
   const Tensor tensor(made);
-#if defined(MADV_HUGEPAGE)
-  // A large piece comes fresh from the system each time: in pages of 2 MB where it gives them, for each of 4 KB is a fault.
-  int64_t bytes;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(made, &bytes));
-  if (bytes >= 1 << 22) {
-    const int64_t page = sysconf(_SC_PAGESIZE);
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr()) + page - 1) / page * page;
-    madvise(reinterpret_cast<void*>(first), (bytes - page) / page * page, MADV_HUGEPAGE);  // advice: whether it is taken is all one
-  }
-#endif
+  if (bytes_of(made) >= LARGE) in_large_pages(tensor.mutable_data_ptr(), bytes_of(made));
   return tensor;
 }
 
@@ -332,8 +379,8 @@ Results scan_as(const Arguments& a, bool save) {
   if (save) problem.saved = Saved<T>::in(data<T>(saved), data<int32_t>(winners), s);
 
   const Kernels<T> run = kernels<T>();
-  const Tensor storage = empty("working memory", {run.setup(problem, nullptr, false)}, aoti_torch_dtype_uint8());
-  void* at = storage.mutable_data_ptr();
+  const Workspace workspace(run.setup(problem, nullptr, false));
+  void* at = workspace.data();
   run.setup(problem, at, false);
   if (!s.in_place) parallel(s.workers, [&](int64_t worker) { run.prepare(at, int(worker)); });
   const int64_t tasks = int64_t(s.blocks) * s.hands, phases = s.steps * PHASES;
@@ -385,8 +432,8 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   g.comm_query = like(a.comm_query), g.comm_key = like(a.comm_key), g.comm_value = like(a.comm_value), g.comm_output = like(a.comm_output);
 
   const Kernels<T> run = kernels<T>();
-  const Tensor storage = empty("working memory", {run.setup(problem, nullptr, true)}, aoti_torch_dtype_uint8());
-  void* at = storage.mutable_data_ptr();
+  const Workspace workspace(run.setup(problem, nullptr, true));
+  void* at = workspace.data();
   run.setup(problem, at, true);
   if (!s.in_place) parallel(s.workers, [&](int64_t worker) { run.prepare(at, int(worker)); });
   parallel(s.blocks, [&](int64_t block) { run.backward(at, int(block)); });
@@ -461,13 +508,17 @@ void guarded(StableIValue* stack, uint64_t given, uint64_t returned) {
 
 STABLE_TORCH_LIBRARY(rim_rnn, m) {
   m.def("isa() -> int");  // by its place among baseline, avx2, avx512
+  m.def("release() -> int");  // bytes that were kept between calls and are free now
   m.def("infer(" RIM_SCHEMA ") -> (Tensor output, Tensor h_n, Tensor c_n)");
   m.def("scan(" RIM_SCHEMA ") -> (Tensor output, Tensor h_n, Tensor c_n, Tensor winners, Tensor saved)");
   m.def("scan_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor output, Tensor winners, Tensor saved, "
         "bool input_grad, " RIM_SCHEMA ") -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CompositeExplicitAutograd, m) { m.impl("isa", &rim::guarded<TORCH_BOX(&rim::isa)>); }
+STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CompositeExplicitAutograd, m) {
+  m.impl("isa", &rim::guarded<TORCH_BOX(&rim::isa)>);
+  m.impl("release", &rim::guarded<TORCH_BOX(&rim::Workspace::release)>);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(rim_rnn, CPU, m) {
   m.impl("infer", &rim::guarded<TORCH_BOX(&rim::infer)>);

@@ -11,7 +11,7 @@
 namespace rim {
 namespace RIM_ISA {
 
-// Rows for a weight gradient, collected over steps until they make one large product: total += A^T B.
+// Rows for a weight gradient, collected over steps until they make one product of some size: total += A^T B.
 template <class T>
 struct Panel {
   T *A, *B;
@@ -19,9 +19,7 @@ struct Panel {
   bool begun = false;
 
   Panel() = default;
-  Panel(Arena& arena, int cols_a, int cols_b, int rows_per_step, int64_t steps) {
-    const int64_t all = rows_per_step * steps, enough = 255 + rows_per_step;  // grow with the rows of a block
-    capacity = int(all < enough ? all : enough);
+  Panel(Arena& arena, int cols_a, int cols_b, int capacity_) : capacity(capacity_) {
     ld_a = pad<T>(cols_a), ld_b = pad<T>(cols_b) + WIDTH<T>;
     A = arena.take<T>(int64_t(capacity) * ld_a);
     B = arena.take<T>(int64_t(capacity) * ld_b);
@@ -129,15 +127,17 @@ struct Block {
     project_panel = arena.take<Panel<T>>(n);
     talk_panel = arena.take<Panel<T>>(n);
     output_panel = arena.take<Panel<T>>(n);
+    const int64_t all = most * s.steps, enough = (s.in_place ? MOST_IN_PLACE : 63) + most;  // grow with the rows of a block
+    const int held = int(all < enough ? all : enough);
     for (int j = 0; j < n; ++j) {
-      const Panel<T> gates_(arena, K, s.gates(), most, s.steps), query_(arena, 0, H * s.S(), most, s.steps);
-      const Panel<T> project_(arena, s.projected ? u : 0, s.projected ? p : 0, most, s.steps);
-      const Panel<T> talk_(arena, s.comm_heads ? p : 0, 2 * s.e() + s.w(), most, s.steps), output_(arena, s.w(), s.comm_heads ? p : 0, most, s.steps);
+      const Panel<T> gates_(arena, K, s.gates(), held), query_(arena, 0, H * s.S(), held);
+      const Panel<T> project_(arena, s.projected ? u : 0, s.projected ? p : 0, held);
+      const Panel<T> talk_(arena, s.comm_heads ? p : 0, 2 * s.e() + s.w(), held), output_(arena, s.w(), s.comm_heads ? p : 0, held);
       if (!arena.base) continue;
       gates_panel[j] = gates_, query_panel[j] = query_, project_panel[j] = project_, talk_panel[j] = talk_, output_panel[j] = output_;
     }
-    key_panel = Panel<T>(arena, s.fold_key ? 0 : H * s.key, in1, most, s.steps);
-    value_panel = Panel<T>(arena, s.fold_value ? 0 : H * s.value, in1, most, s.steps);
+    key_panel = Panel<T>(arena, s.fold_key ? 0 : H * s.key, in1, held);
+    value_panel = Panel<T>(arena, s.fold_value ? 0 : H * s.value, in1, held);
   }
 
   int64_t batch_row(int i) const { return block + int64_t(i) * s.blocks; }

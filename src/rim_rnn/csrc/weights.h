@@ -49,7 +49,7 @@ RIM_INLINE int input_columns(const Sizes& s, Columns* columns) {
   return 2;
 }
 
-// The right operands, or their transposes for backward.
+// The right operands, or their transposes for backward, which needs of the operands themselves only query, read and ask.
 template <class T>
 struct UnitWeights {
   Parts<T> query;    // (p1, heads * S); transposed without the bias, for the 1 has no gradient
@@ -90,10 +90,10 @@ struct Weights {
     }
     for (int j = 0; j < s.n; ++j) {
       if (s.in_place && !arena.base) break;  // nothing to count
-      const UnitWeights<T> unit_ = s.in_place ? as_they_lie(problem, j) : packed(s, arena, false);
+      const UnitWeights<T> unit_ = s.in_place ? as_they_lie(problem, j) : packed(s, arena, false, backward);
       if (arena.base) unit[j] = unit_;
       if (!backward) continue;
-      const UnitWeights<T> transpose = s.in_place ? as_they_lie_transposed(problem, j) : packed(s, arena, true);
+      const UnitWeights<T> transpose = s.in_place ? as_they_lie_transposed(problem, j) : packed(s, arena, true, true);
       if (arena.base) unit_t[j] = transpose;
     }
   }
@@ -105,10 +105,13 @@ struct Weights {
     return parts;
   }
   // Space for prepare() to fill.
-  static UnitWeights<T> packed(const Sizes& s, Arena& arena, bool t) {
+  static UnitWeights<T> packed(const Sizes& s, Arena& arena, bool t, bool backward) {
     const auto either = [&](int inner, int cols) { return t ? space(arena, cols, inner) : space(arena, inner, cols); };
     UnitWeights<T> unit;
     unit.query = either(t ? s.p : s.p1(), s.heads * s.S());
+    unit.read = either(s.p, s.e() + s.w());
+    unit.ask = either(s.p, s.e());
+    if (backward && !t) return unit;
     GateBlock blocks[3];
     const int count = gate_blocks(s, blocks);
     for (int b = 0; b < count; ++b) {
@@ -117,8 +120,6 @@ struct Weights {
       t ? unit.gates.add(block.col, block.row, b > 0, matrix) : unit.gates.add(block.row, block.col, false, matrix);
     }
     unit.project = either(s.projected ? s.u : 0, s.p);
-    unit.read = either(s.p, s.e() + s.w());
-    unit.ask = either(s.p, s.e());
     unit.output = either(s.w(), s.p);
     return unit;
   }
@@ -374,14 +375,12 @@ void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>& dense, int64_t 
   const int count = gate_blocks(s, blocks);
   for (int b = 0; b < count; ++b) {
     const T* from = dense.gates + blocks[b].row * ld + blocks[b].col;
-    pack(unit.gates[b], 0, blocks[b].rows, from, ld, 1);
-    if (backward) pack(W.unit_t[j].gates[b], 0, blocks[b].cols, from, 1, ld);
+    backward ? pack(W.unit_t[j].gates[b], 0, blocks[b].cols, from, 1, ld) : pack(unit.gates[b], 0, blocks[b].rows, from, ld, 1);
   }
 
   if (s.projected) {
     const T* from = P.weight_hr + j * s.u * s.p;
-    pack(unit.project[0], 0, s.u, from, s.p, 1);
-    if (backward) pack(W.unit_t[j].project[0], 0, s.p, from, 1, s.p);
+    backward ? pack(W.unit_t[j].project[0], 0, s.p, from, 1, s.p) : pack(unit.project[0], 0, s.u, from, s.p, 1);
   }
   if (s.comm_heads) {
     const int e = s.e(), w = s.w();
@@ -393,8 +392,9 @@ void prepare(const Problem<T>& problem, Weights<T>& W, Dense<T>& dense, int64_t 
     }
     pack(unit.read[0], 0, s.p, dense.talk, e + w, 1);
     pack(unit.ask[0], 0, s.p, ask, e, 1);
-    pack(unit.output[0], 0, w, output, s.p, 1);
-    if (backward) {
+    if (!backward) {
+      pack(unit.output[0], 0, w, output, s.p, 1);
+    } else {
       pack(W.unit_t[j].read[0], 0, e + w, dense.talk, 1, e + w);
       pack(W.unit_t[j].ask[0], 0, e, ask, 1, e);
       pack(W.unit_t[j].output[0], 0, s.p, output, 1, s.p);
