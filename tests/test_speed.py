@@ -278,11 +278,13 @@ def test_native_can_be_demanded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["speed"], "no section speed; there are cases, everyday, scaling, calls, memory, rival"),
+        (["speed"], "no section speed; there are cases, everyday, scaling, calls, compiled, memory, rival"),
         (["--cases", "tiny"], "invalid choice: 'tiny'"),
         (["--rounds", "0"], "at least 1"),
         (["rival"], "needs --rival PATH"),
         (["--rival", "nowhere"], "no RIM.py there"),
+        (["memory", "--device", "cuda"], "the section memory is of a CPU alone"),
+        (["--device", "nowhere"], "invalid choice: 'nowhere'"),
     ],
 )
 def test_wrong_arguments_are_told(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,8 +459,8 @@ def test_what_a_machine_does_not_have_is_not_taken_away(monkeypatch: pytest.Monk
 
 
 def test_words_choose_ablations(capsys: pytest.CaptureFixture[str]) -> None:
-    ablations.main(["--list", "weight", "gradients", "256"])
-    words = "native paper, small, mid weight gradients collected into products of 256 rows"
+    ablations.main(["--list", "weight", "gradients", "64"])
+    words = "native paper, small, mid weight gradients collected into products of 64 rows and more"
     assert " ".join(capsys.readouterr().out.split()) == words
     with pytest.raises(SystemExit):
         ablations.main(["nonsense"])
@@ -587,6 +589,27 @@ def test_the_calls_table_has_microseconds(document: dict[str, Any]) -> None:
     forward, train = show.tables(document, "native")["calls"].split("\n\n")
     assert forward.splitlines()[2:] == ["| T=7, N=8, 1 → 9 | 100,000 μs | 300,000 μs | 2.00 | 120,000 μs | 2.50 |"]
     assert train.splitlines()[2:] == ["| T=7, N=8, 1 → 9 | 300,000 μs | 300,000 μs | 1.00 |"]
+
+
+def test_the_compiled_table_has_what_compiling_took_and_brought(document: dict[str, Any]) -> None:
+    assert show.tables(document, "native")["compiled"] == "Not measured yet."
+    seconds = {"RIM": [0.3, 0.3], "torch": [0.2, 0.2], "compiled": [0.1, 0.1]}
+    entry = {"seconds": {"forward": seconds, "train": seconds}, "compile_seconds": {"forward": 5.0, "train": 12.5}}
+    document["compiled"] = {"paper": {**document["cases"]["paper"], **entry}}
+    forward, train = show.tables(document, "native")["compiled"].split("\n\n")
+    assert forward.splitlines()[2:] == ["| T=7, N=8, 1 → 9 | 300 ms | 100 ms | 3.00 | 2.00 | 5.00 s |"]
+    assert train.splitlines()[2:] == ["| T=7, N=8, 1 → 9 | 300 ms | 100 ms | 3.00 | 2.00 | 12.5 s |"]
+    assert "paper     forward     300       200          100          5.00" in show.text(document)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_a_gpu_is_measured_and_has_graphs(tmp_path: Path) -> None:
+    measure.main(["cases", "compiled", "--cases", "act", "--device", "cuda", "--smoke", "--out", str(tmp_path)])
+    document = json.loads((tmp_path / "cuda.json").read_text())
+    assert document["setup"]["path"] == "readable"
+    assert {"RIM", "RIM, graph", "torch", "torch, graph", "compiled"} == document["compiled"]["act16"]["seconds"][
+        "train"
+    ].keys()
 
 
 def test_a_log_on_other_terms_has_one_table(document: dict[str, Any]) -> None:

@@ -335,7 +335,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say which there are, and measure nothing")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing repeated: shows that everything runs")
     args = parser.parse_args(argv)
-    args.path = "native and readable"
+    args.path, args.device = "native and readable", torch.device("cpu")
     args.chosen = [ablation for ablation in ABLATIONS if all(word in ablation.what for word in args.words)]
     if not args.chosen:
         parser.error(f"no ablation has the words {' '.join(args.words)}; --list shows them")

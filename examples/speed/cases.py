@@ -95,6 +95,7 @@ CALLS = {
     **{f"batch={rows}": replace(CASES["act"], batch=rows) for rows in (1, 2, 4, 8, 16, 32)},
     **{f"paper, batch={rows}": Case(1, rows, 64, 600) for rows in (1, 16, 64, 256)},
 }
+COMPILED = {name: CASES[name] for name in ("paper", "small", "act16")}
 MEMORY = {"steps": [100, 200, 400, 800, 1600]}  # of the paper's case
 
 
@@ -115,11 +116,11 @@ def build(name: str, case: Case) -> nn.Module:
 class Data:
     """The input of a case, and the gradient that its output gets."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
         random = torch.Generator().manual_seed(0)
-        x = torch.randn(case.steps, case.batch, case.input_size, generator=random).to(getattr(torch, case.dtype))
+        x = torch.randn(case.steps, case.batch, case.input_size, generator=random).to(device, getattr(torch, case.dtype))
         features = case.hidden_size * (2 if case.bidirectional else 1)
-        self.gradient = torch.randn(case.steps, case.batch, features, generator=random).to(x.dtype)
+        self.gradient = torch.randn(case.steps, case.batch, features, generator=random).to(x)
         self.input: Tensor | PackedSequence = x
         self.leaf = x
         if case.shortest:

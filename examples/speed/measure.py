@@ -11,13 +11,16 @@ cases    forward alone (no_grad) and forward with backward, each case of cases.p
 everyday the same at the sizes of policies, forecasters and small language models, with LSTM and with GRU units
 scaling  the same as steps, batch, hidden size, units and active units double
 calls    the same for one step of the sizes of act, of almost nothing and as its batch doubles
+compiled the readable path as it comes and under torch.compile, with the time to compile; on a GPU also as a CUDA graph
 memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
 rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
 
-Each has a process of its own, for the ones before leave their traces in one that is shared.
+Each has a process of its own, for the ones before leave their traces in one that is shared. With --device cuda both layers run
+on a GPU, ours on the readable path; the sections memory and rival are of a CPU alone.
 
-Measure on a machine that does nothing else. After every measurement native.json (or readable.json, for that path of ours)
-in the folder --out is replaced, and what was there of other sections and cases stays; at the end the pictures are drawn.
+Measure on a machine that does nothing else. After every measurement native.json (or readable.json, for that path of ours, or
+cuda.json) in the folder --out is replaced, and what was there of other sections and cases stays; at the end the pictures are
+drawn.
 """
 
 import argparse
@@ -31,6 +34,7 @@ import platform
 import runpy
 import subprocess
 import sys
+import time
 import timeit
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -40,7 +44,7 @@ from typing import Any, Protocol
 
 import show  # lets common be found
 import torch
-from cases import BASE, CALLS, CASES, EVERYDAY, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
+from cases import BASE, CALLS, CASES, COMPILED, EVERYDAY, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
 from common import cpu
 from torch.nn import functional as F
 
@@ -48,7 +52,7 @@ import rim_rnn
 from rim_rnn import native
 
 HERE = Path(__file__).parent
-SECTIONS = ("cases", "everyday", "scaling", "calls", "memory", "rival")
+SECTIONS = ("cases", "everyday", "scaling", "calls", "compiled", "memory", "rival")
 WAYS = ("forward", "train")
 
 
@@ -58,6 +62,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="of the section cases; default: all")
     parser.add_argument("--rounds", type=int, default=11, help="turns that each layer takes; default: 11")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--path", choices=("native", "readable"), help="which path of ours; default: what the package chooses")
     parser.add_argument("--rival", type=Path, help="a clone of dido1998/Recurrent-Independent-Mechanisms")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON; default: results")
@@ -69,10 +74,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    args.device = torch.device(args.device)
     if args.rounds < 1 or args.threads < 1:
         parser.error("--rounds and --threads should be at least 1")
     if "memory" in args.sections and sys.platform != "linux":
         parser.error("the section memory reads /proc/self/status, which only Linux has")
+    if args.device.type != "cpu" and (of_cpu := {"memory", "rival"} & {*args.sections, "rival" if args.rival else ""}):
+        parser.error(f"the section {' and '.join(sorted(of_cpu))} is of a CPU alone")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no GPU")
     if "rival" in args.sections and args.rival is None:
         parser.error("the section rival needs --rival PATH")
     if args.rival is not None and not (args.rival / "RIM.py").is_file():
@@ -105,21 +115,41 @@ def take_turns(timers: Mapping[str, Timer], rounds: int, least: float) -> dict[s
     return seconds_of
 
 
+class WaitingTimer:
+    """Of calls whose work a device does later: until all of it is done."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call = call
+
+    def timeit(self, number: int) -> float:
+        torch.accelerator.synchronize()
+        begin = time.perf_counter()
+        for _ in range(number):
+            self.call()
+        torch.accelerator.synchronize()
+        return time.perf_counter() - begin
+
+
+def time_in_turns(contestants: Mapping[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, list[float]]:
+    timer: Callable[[Callable[[], object]], Timer] = timeit.Timer if args.device.type == "cpu" else WaitingTimer
+    return take_turns({name: timer(call) for name, call in contestants.items()}, args.rounds, args.least)
+
+
 def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """One case, both ways, RIM and torch's layer and a large matrix product in turns."""
     torch.manual_seed(0)
-    data = Data(case)
+    data = Data(case, args.device)
     contestants: dict[str, Callable[[], object]] = {}
     for name in ("RIM", "torch"):
-        layer = build(name, case)
+        layer = build(name, case).to(args.device)
         if name == "RIM" and (taken := layer.path(data.input).split(":")[0]) != args.path:
             raise RuntimeError(f"{case} takes the path {taken}, not {args.path}")
         for way, call in calls(layer, list(layer.parameters()), data).items():
             contestants[f"{name} {way}"] = call
     size = 32 if args.smoke else 1024
-    products = large_products(size)
+    products = large_products(size, args.device)
     contestants.update(products)
-    seconds = take_turns({name: timeit.Timer(call) for name, call in contestants.items()}, args.rounds, args.least)
+    seconds = time_in_turns(contestants, args)
     return {
         "case": dataclasses.asdict(case),
         "sizes": str(case),
@@ -136,17 +166,62 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def large_products(size: int) -> dict[str, Callable[[], object]]:
+def large_products(size: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """A large matrix product by each library that torch has: the machine's rate is that of the faster one.
 
     On some processors one has twice the rate of the other; `torch.mm` takes MKL or OpenBLAS, `nn.LSTM` takes oneDNN.
     """
-    a, b, c = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    a, b, c = (torch.randn(size, size, device=device) for _ in range(3))
     products: dict[str, Callable[[], object]] = {"torch.mm": lambda: torch.mm(a, b, out=c)}
-    if torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
         a_there, b_there = a.to_mkldnn(), b.to_mkldnn()
         products["oneDNN"] = lambda: F.linear(a_there, b_there)
     return products
+
+
+def compare_compiled(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The readable path as it comes and compiled, and torch's layer; on a GPU both layers also as a CUDA graph."""
+    torch.manual_seed(0)
+    data = Data(case, args.device)
+    layers = {name: build(name, case).to(args.device) for name in ("RIM", "torch")}
+    compiled: Any = torch.compile(layers["RIM"], backend="eager" if args.smoke else "inductor")
+    contestants = {}
+    for name, module, call in (
+        *((name, layer, layer) for name, layer in layers.items()),
+        ("compiled", layers["RIM"], compiled),
+    ):
+        for way, run in calls(call, list(module.parameters()), data).items():
+            contestants[f"{name} {way}"] = run
+            if args.device.type == "cuda" and name != "compiled":
+                contestants[f"{name}, graph {way}"] = graphed(run)
+    with native.readable():
+        taken = {}
+        for way in WAYS:
+            begin = time.perf_counter()
+            contestants[f"compiled {way}"]()
+            taken[way] = round(time.perf_counter() - begin, 2)
+        seconds = time_in_turns(contestants, args)
+    names = dict.fromkeys(name.rpartition(" ")[0] for name in contestants)
+    return {
+        "case": dataclasses.asdict(case),
+        "sizes": str(case),
+        "compile_seconds": taken,
+        "seconds": {way: {name: seconds[f"{name} {way}"] for name in names} for way in WAYS},
+    }
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """All kernels of a call, recorded once and then started together."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), native.readable():
+        for _ in range(3):  # what is made at a first call is not recorded
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def compare_memory(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -205,6 +280,7 @@ MEASURES = {
     "everyday": compare,
     "scaling": compare,
     "calls": compare,
+    "compiled": compare_compiled,
     "memory": compare_memory,
     "rival": compare_rival,
 }
@@ -237,6 +313,7 @@ def points() -> dict[str, dict[str, Case]]:
         "everyday": EVERYDAY,
         "scaling": {f"{field}={v}": dataclasses.replace(BASE, **{field: v}) for field, vs in SCALING.items() for v in vs},
         "calls": CALLS,
+        "compiled": COMPILED,
         "memory": {f"{field}={v}": dataclasses.replace(PAPER, **{field: v}) for field, vs in MEMORY.items() for v in vs},
         "rival": {"paper": PAPER},
     }
@@ -260,16 +337,18 @@ ISA_VARIABLES = ("RIM_RNN_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MK
 """With all of them at AVX2, both layers and the products run as on a processor without AVX-512."""
 
 
-def instructions(path: str) -> str:
+def instructions(path: str, device: torch.device) -> str:
     """The instruction set that our path takes, and torch's if that is another."""
+    if device.type == "cuda":
+        return "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
     torchs = torch.backends.cpu.get_cpu_capability()
     ours = native.instruction_set().upper() if path == "native" else torchs
     return ours if ours == torchs else f"{ours}, torch {torchs}"
 
 
-def choose_path(asked: str | None) -> str:
+def choose_path(asked: str | None, device: torch.device) -> str:
     """The path to measure: the one asked for, or the package's own choice."""
-    chosen = rim_rnn.RIM(2, 12).path(torch.zeros(1, 1, 2))
+    chosen = rim_rnn.RIM(2, 12, device=device).path(torch.zeros(1, 1, 2, device=device))
     if asked == "native" and chosen != "native":
         sys.exit(f"--path native: RIM takes the path {chosen}")
     return asked or ("native" if chosen == "native" else "readable")
@@ -279,9 +358,9 @@ def setup(args: argparse.Namespace) -> dict[str, Any]:
     """What all figures of one JSON share."""
     return {
         "path": args.path,
-        "cpu": cpu(),
+        "cpu": cpu() if args.device.type != "cuda" else f"{torch.cuda.get_device_name(args.device)}, {cpu()}",
         "cores": os.cpu_count(),
-        "instructions": instructions(args.path),
+        "instructions": instructions(args.path, args.device),
         "threads": args.threads,
         "dtype": "float32",
         "seed": 0,
@@ -296,6 +375,7 @@ def command(args: argparse.Namespace) -> str:
     """The command as a reader would give it again."""
     words = [f"{name}={os.environ[name]}" for name in ISA_VARIABLES if name in os.environ]
     words += ["python examples/speed/measure.py", *args.sections, f"--rounds {args.rounds} --path {args.path}"]
+    words += [f"--device {args.device}"] * (args.device.type != "cpu")
     words += ["--keep-memory"] * args.keep_memory
     words += [f"--cases {' '.join(args.cases)}"] * (args.cases != list(CASES)) + ["--rival PATH"] * bool(args.rival)
     return " ".join(words)
@@ -334,11 +414,11 @@ def begin(path: Path, setup: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    args.path = choose_path(args.path)
+    args.path = choose_path(args.path, args.device)
     args.least = 0.0 if args.smoke else 0.05
     args.rounds = 1 if args.smoke else args.rounds
 
-    path = args.out / f"{args.path}.json"
+    path = args.out / f"{args.path if args.device.type == 'cpu' else args.device.type}.json"
     document = begin(path, setup(args))
     run(args, path, document)
 
@@ -349,7 +429,8 @@ def run(args: argparse.Namespace, path: Path, document: dict[str, Any]) -> None:
     if about["load"][0] > 0.5:
         print(f"other processes are running (load {about['load'][0]}): layers whose threads wait for each other look slow")
     document["runs"][now] = about
-    possible = {"memory": sys.platform == "linux", "rival": args.rival}
+    on_cpu = args.device.type == "cpu"
+    possible = {"memory": sys.platform == "linux" and on_cpu, "rival": args.rival and on_cpu}
     for section in args.sections or [section for section in SECTIONS if possible.get(section, True)]:
         entries = document.get(section, {})
         for name, case in points()[section].items():
@@ -364,7 +445,7 @@ def run(args: argparse.Namespace, path: Path, document: dict[str, Any]) -> None:
             print(f"{section} {name}: {show.line(entries[name])}", flush=True)
     print()
     print(show.text(document))
-    for picture in show.draw(document, args.out / args.path):
+    for picture in show.draw(document, path.with_suffix("")):
         print(f"wrote {picture}")
 
 

@@ -104,6 +104,8 @@ def line(entry: Entry) -> str:
     if "bytes" in entry:
         ours, torchs = (entry["bytes"][name] / 2**20 for name in ("RIM", "torch"))
         return f"peak memory RIM {figure(ours)} MiB, {layer_name(entry)} {figure(torchs)} MiB"
+    if "compile_seconds" in entry:
+        return ", ".join(f"{way} eager {figure(ratios(entry, way, 'RIM', 'compiled')[1])} compiled" for way in WAYS)
     over = "rival" if "rival" in entry["seconds"]["forward"] else "torch"
     return ", ".join(f"{way} {figure(ratios(entry, way, over)[1])}" for way in WAYS)
 
@@ -143,6 +145,14 @@ def text(document: Entry) -> str:
             rows.append([size, *(figure(milliseconds(entry, way, name)) for way in WAYS for name in ("RIM", "torch"))])
         if rows[1:]:
             parts.append(columns(rows))
+    if compiled := document.get("compiled"):
+        names = list(dict.fromkeys(name for entry in compiled.values() for name in entry["seconds"]["forward"]))
+        rows = [["compiled", "way", *(f"{name} ms" for name in names), "to compile s"]]
+        for case, entry in compiled.items():
+            for way in WAYS:
+                rows.append([case, way, *(figure(milliseconds(entry, way, name)) for name in names)])
+                rows[-1].append(figure(entry["compile_seconds"][way]))
+        parts.append(columns(rows))
     if memory := document.get("memory"):
         rows = [["peak memory, training", "RIM MiB", "torch MiB", "RIM/torch"]]
         for size, entry in memory.items():
@@ -291,6 +301,19 @@ def calls_table(document: Entry, stem: str) -> str:
     return "\n\n".join(parts) if "calls" in document else NOT_YET
 
 
+def compiled_table(document: Entry, stem: str) -> str:
+    """The readable path as it comes and compiled, beside torch's layer."""
+    parts = []
+    for way, title in WAYS.items():
+        rows = [[f"readable path, {title}", "eager", "compiled", "eager / compiled", "`nn.LSTM` / compiled", "time to compile"]]
+        for entry in document.get("compiled", {}).values():
+            row = [entry["sizes"], *(f"{figure(milliseconds(entry, way, name))} ms" for name in ("RIM", "compiled"))]
+            row += [times(ratios(entry, way, over, "compiled")[1]) for over in ("RIM", "torch")]
+            rows.append([*row, f"{figure(entry['compile_seconds'][way])} s"])
+        parts.append(grid(rows, 1))
+    return "\n\n".join(parts) if "compiled" in document else NOT_YET
+
+
 def ablations_table(document: Entry, stem: str) -> str:
     """What takes how many times as long without each optimisation: a table for each group, a column for each case."""
     parts = []
@@ -343,6 +366,7 @@ def tables(document: Entry, stem: str) -> dict[str, str]:
         "floor": floor_table,
         "scaling": scaling_table,
         "calls": calls_table,
+        "compiled": compiled_table,
     }
     if "ablations" in document:
         makers = {"ablations": ablations_table}
