@@ -5,7 +5,7 @@
 
 A cell is a Python, a torch, and how the package comes into the environment. Pythons are found on PATH as python3.10 and so on;
 a cell without one is left out, and so is none that fails: the log tells. Beside torch and the package an environment holds
-pytest, hypothesis and numpy, and sees tests/ alone, away from src. Tests of the repository itself have no place there.
+pytest, hypothesis and numpy, and sees tests/ alone, away from src. Slow tests are left out, and those of the repository itself.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def install(folder: Path, python: str, torch: str, how: str) -> str:
 def tested(inside: str, folder: Path, native: bool) -> dict[str, Any]:
     """How many tests pass, fail and are left out on a path, and the names of those that fail."""
     left_out = [f"--ignore=tests/test_{name}.py" for name in OF_THE_REPOSITORY]
-    command = [inside, "-m", "pytest", "-n", "auto", "-q", "-m", "not tools", "-p", "no:cacheprovider", "--junitxml=log.xml"]
+    command = [inside, "-m", "pytest", "-n", "auto", "-q", "-p", "no:cacheprovider", "--junitxml=log.xml"]
+    command += ["-m", "not tools and not slow"]
     (folder / "log.xml").unlink(missing_ok=True)
     began = time.perf_counter()
     done = run([*command, *left_out], folder, RIM_RNN_NATIVE="1" if native else "0")

@@ -566,7 +566,7 @@ def test_the_everyday_table_has_ratios_and_the_floor(document: dict[str, Any]) -
     assert show.tables(document, "native")["everyday"] == "Not measured yet."
     document["everyday"] = {"words, LSTM": document["cases"]["paper"]}
     row = show.tables(document, "native")["everyday"].splitlines()[2]
-    assert row == "| words, LSTM | T=7, N=8, 1 → 9 | 100 ms | **2.00** | 5.0 | 300 ms | **1.00** | 15.0 |"
+    assert row == "| words, LSTM | T=7, N=8, 1 → 9 | 0.25 | 100 ms | **2.00** | 5.0 | 300 ms | **1.00** | 15.0 |"
     (table,) = show.tables(document, "../results/avx2/native").values()
     assert "\n| words, LSTM | " in table
 
