@@ -1,6 +1,6 @@
 # make demo: train on the shipped digits.  make quick: what any change needs.  make check: everything that CI runs.
 # make docs: the pages in docs/_build/html.  make package: what the index would say of the package.
-# make wheels: what a release uploads, in dist/.
+# make wheels: what a release uploads, in dist/.  make audit: known weaknesses of what all extras install; asks pypi.org.
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(OS),Windows_NT)
@@ -11,7 +11,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo lint quick test check docs package wheels
+.PHONY: setup demo lint quick test check docs package wheels audit
 
 setup: $(VENV)/ready
 
@@ -70,3 +70,6 @@ package: setup $(VENV)/release
 
 wheels: setup $(VENV)/release
 	.ci/wheels
+
+audit: setup $(VENV)/tools $(VENV)/release
+	pip-audit --local --skip-editable --progress-spinner off
