@@ -69,6 +69,9 @@ class WrongError(AssertionError):
 class Draw(random.Random):
     """Everything that a case draws."""
 
+    def __new__(cls, *_: int) -> Draw:
+        return super().__new__(cls)  # with two arguments Python 3.10 refuses
+
     def __init__(self, seed: int, number: int) -> None:
         super().__init__(f"{seed} {number}")
         self.generator = torch.Generator().manual_seed(self.getrandbits(32))
