@@ -30,12 +30,13 @@ ROOT = Path(__file__).parent.parent
 LOG = ROOT / "tests" / "results" / "matrix.jsonl"
 OF_THE_REPOSITORY = ("docs", "examples", "mutants", "package", "speed", "typing")
 
+BUILT = ["--no-binary=rim-rnn", "--no-cache-dir"]  # there pip would find what it has built before, of whatever kind
 INSTALLS: dict[str, list[str]] = {
     "wheel": ["torch=={torch}", "--only-binary=rim-rnn"],
     "wheel without the operator": ["torch=={torch}", "{pure}"],
-    "sdist": ["torch=={torch}", "--no-binary=rim-rnn"],
-    "sdist, torch at hand": ["--no-binary=rim-rnn", "--no-build-isolation"],
-    "sdist, torch at hand, no compiler": ["--no-binary=rim-rnn", "--no-build-isolation"],
+    "sdist": ["torch=={torch}", *BUILT],
+    "sdist, torch at hand": [*BUILT, "--no-build-isolation"],
+    "sdist, torch at hand, no compiler": [*BUILT, "--no-build-isolation"],
 }
 CELLS = [
     *((python, "2.13.0", "wheel") for python in ("3.10", "3.11", "3.12", "3.13", "3.14")),
