@@ -40,9 +40,9 @@ INSTALLS: dict[str, list[str]] = {
 }
 CELLS = [
     *((python, "2.13.0", "wheel") for python in ("3.10", "3.11", "3.12", "3.13", "3.14")),
+    *(("3.11", "2.13.0", how) for how in list(INSTALLS)[1:]),
     *(("3.11", torch, "wheel") for torch in ("2.10.0", "2.11.0", "2.12.1", "2.14.1", "2.15.0")),
     ("3.10", "2.10.0", "wheel"),
-    *(("3.11", "2.13.0", how) for how in list(INSTALLS)[1:]),
 ]
 
 
