@@ -134,6 +134,7 @@ def main(words: list[str]) -> int:
         print({key: value for key, value in outcome.items() if key != "versions"}, flush=True)
         where = {key: value for key, value in about().items() if key in ("date", "commit", "cpu", "cores", "system")}
         lines.append({"cell": what, **outcome, **where, "files": files})
+        lines.sort(key=lambda line: CELLS.index(tuple(line["cell"].values())))
         LOG.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return int(
         any("problem" in line or any(line.get(path, {}).get("failed") for path in ("native", "readable")) for line in lines)
