@@ -241,6 +241,13 @@ def compare(
     for name, result in ours.items():
         check_close(name, result, theirs[name], tolerance)
     nan_rows = {name for name, result in theirs.items() if bool(result.isnan().any())}
+    nan_rows |= {
+        f"row {b}"
+        for s in ("h_n", "c_n")
+        if s in theirs
+        for b, row in enumerate(theirs[s].unbind(1))
+        if bool(row.isnan().any())
+    }
     wanted = twins.wanted()
     names = [name for name in ours if draw.flip(0.7)] or list(ours)
     names = [name for name in names if theirs[name].requires_grad]
@@ -946,6 +953,7 @@ def operator_arguments(draw: Draw) -> tuple[dict[str, Any], dict[str, str]]:
         "comm_heads": given["num_comm_heads"],
         "bounded": given.get("comm_bounded"),
         "reverse": draw.flip(),
+        "rounded": draw.flip(),
     }
     return {name: arguments[name] for name in names}, of_cell
 

@@ -161,6 +161,45 @@ def test_narrow_numbers_are_computed_in_float32(options: dict[str, Any], dtype: 
     assert_identical(list(seen), list(expected))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rnn_cell": "GRU"},
+        {"proj_size": 44},
+        {"bias": False, "num_input_heads": 2},
+        {"num_comm_heads": 0},
+        {"bidirectional": True},
+    ],
+)
+@pytest.mark.parametrize("sizes", [(5, 52), (64, 256)])
+def test_products_in_bfloat16(options: dict[str, Any], sizes: tuple[int, int]) -> None:
+    """Many rows of a bfloat16 layer may be multiplied in bfloat16, and summed in float32: near the float32 of the same, in
+    results and gradients. All units win, for where one hardly wins, rounding may choose another."""
+    rnn, wide = (RIM(*sizes, num_units=4, k=4, dtype=d, **options) for d in (torch.bfloat16, torch.float32))
+    wide.load_state_dict(rnn.state_dict())
+    x = torch.randn(20, 33, sizes[0], dtype=torch.bfloat16)
+    for our, their in zip(forward_and_backward(rnn, x)[0], forward_and_backward(wide, x.float())[0], strict=True):
+        assert our.dtype is torch.bfloat16
+        assert (our.float() - their).abs().max() <= 0.02 * their.abs().max()
+
+
+@pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
+def test_products_in_bfloat16_leave_bids_and_rows_alone(rnn_cell: str) -> None:
+    """Winners are chosen in float32; a row has the same bits whatever rows are beside it."""
+    rnn, wide = (RIM(64, 256, num_units=4, k=2, rnn_cell=rnn_cell, dtype=d) for d in (torch.bfloat16, torch.float32))
+    wide.load_state_dict(rnn.state_dict())
+    x, h_0 = torch.randn(2, 600, 64, dtype=torch.bfloat16), torch.randn(1, 600, 256, dtype=torch.bfloat16)
+    state = h_0 if rnn_cell == "GRU" else (h_0, h_0)
+    with record(rnn) as ours:
+        output, _ = rnn(x, state)
+    with record(wide) as theirs:
+        wide(x.float(), h_0.float() if rnn_cell == "GRU" else (h_0.float(), h_0.float()))
+    assert torch.equal(ours[0].active[0], theirs[0].active[0])
+    some = tuple(s[:, 101:501] for s in state) if isinstance(state, tuple) else state[:, 101:501]
+    assert torch.equal(rnn(x[:, 101:501], some)[0], output[:, 101:501])
+
+
 @pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
 def test_autocast_leaves_float32_as_it_is(rnn_cell: str) -> None:
     """Only results are rounded, to what torch's own layer returns under autocast."""
@@ -329,6 +368,7 @@ def test_opcheck(packed: bool) -> None:
             *native._parameters(cell, x, state),
             *cell.draw(x),
             *sizes_of(cell, [2, 2, 1] if packed else None, packed),
+            False,
         )
         torch.library.opcheck(torch.ops.rim_rnn.scan.default, arguments)
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
@@ -759,7 +799,7 @@ def test_a_meta_tensor_among_others_is_refused(operator: str) -> None:
 
 
 ARGUMENTS = ("input", "h_0", "c_0", *PARAMETERS, "keep_input", "keep_comm")
-SIZES = ("batch_sizes", "k", "num_input_heads", "num_comm_heads", "comm_bounded", "reverse")
+SIZES = ("batch_sizes", "k", "num_input_heads", "num_comm_heads", "comm_bounded", "reverse", "rounded")
 
 
 def arguments_of(operator: str, packed: bool = False, **options: Any) -> dict[str, Any]:
@@ -767,7 +807,7 @@ def arguments_of(operator: str, packed: bool = False, **options: Any) -> dict[st
     cell, x = make(num_input_heads=2, **options, dtype=torch.float32), torch.randn(*(5, 5) if packed else (3, 2, 5))
     state = states(cell, 2)
     tensors = (x, *state, *[None] * (2 - len(state)), *native._parameters(cell, x, state), *cell.draw(x))
-    sizes = sizes_of(cell, [2, 2, 1] if packed else None, False)
+    sizes = *sizes_of(cell, [2, 2, 1] if packed else None, False), False
     right = dict(zip((*ARGUMENTS, *SIZES), (*tensors, *sizes), strict=True))
     if operator == "scan_backward":
         output, h_n, c_n, winners, saved = torch.ops.rim_rnn.scan.default(*right.values())

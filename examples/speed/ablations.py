@@ -224,7 +224,13 @@ ABLATIONS = [
         ((NATIVE, "_Scan.apply if ours else ", ""),),
     ),
     Ablation(
-        "float32 for bfloat16 in the operator instead of bfloat16 on the readable path",
+        "products of bfloat16, where the processor has them",
+        ("bfloat16",),
+        ((PLAN, "s.rounded = rounded && ", "s.rounded = false && "),),
+        needs=("AVX512",),
+    ),
+    Ablation(
+        "the operator for a bfloat16 layer instead of the readable path",
         ("bfloat16",),
         (
             (

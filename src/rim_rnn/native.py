@@ -35,7 +35,8 @@ ISAS = ("baseline", "avx2", "avx512")
 """The instruction sets that the operator is built for, in the order of ``csrc/rim.cpp``."""
 
 NARROW = (torch.bfloat16, torch.float16)
-"""Computed in float32, and only the results are rounded."""
+"""Computed in float32, and only the results are rounded; of a bfloat16 layer also what is multiplied, but for the bids, where
+the processor has products in bfloat16."""
 
 
 def _load() -> str | None:
@@ -55,7 +56,7 @@ def _load() -> str | None:
         reason = "the native operator is older than its sources (make setup builds it again)"
     else:
         try:
-            if not is_registered("infer", f"({SCHEMA}) -> (Tensor output, Tensor h_n, Tensor c_n)"):
+            if not is_registered("infer", f"({SCHEMA}, bool rounded) -> (Tensor output, Tensor h_n, Tensor c_n)"):
                 torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
                 _register()
             torch.ops.rim_rnn.isa()  # or the error of one that the processor does not have
@@ -167,7 +168,8 @@ def scan(
         return None
     c = state[1] if len(state) == 2 else None
     tensors: Sequence[Any]
-    tensors, sizes = [input, state[0], c, *parameters, *cell.draw(input)], sizes_of(cell, batch_sizes, reverse)
+    tensors = [input, state[0], c, *parameters, *cell.draw(input)]
+    sizes = *sizes_of(cell, batch_sizes, reverse), input.dtype is torch.bfloat16
     traces: list[Trace] = []
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     ours = differentiable and not torch.compiler.is_compiling()
@@ -224,7 +226,7 @@ def _traces(
 
 def _scan_fake(input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     results, query, weight_ih = results_like(input, h, c, *rest), rest[0], rest[6]
-    _, k, heads, comm_heads, bounded, _ = rest[-6:]
+    _, k, heads, comm_heads, bounded, _, _ = rest[-7:]
     total = input.numel() // input.shape[-1]
     u = weight_ih.shape[2] // (3 if c is None else 4)
     n, p, _ = query.shape
@@ -252,7 +254,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     tensors = _widened(given)
     without = None, None, *(None for _ in ctx.sizes)  # what dropout drew, and the sizes, have no gradient
     if torch.is_grad_enabled():  # exactly when the caller asked for create_graph
-        found = differentiate(tensors, ctx.sizes, grads[:3], ctx.needs_input_grad)
+        found = differentiate(tensors, ctx.sizes[:-1], grads[:3], ctx.needs_input_grad)
         return *found, *without
     grad_c = None if tensors[2] is None else grads[2]
     results = iter(

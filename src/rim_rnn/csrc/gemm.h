@@ -13,9 +13,9 @@ constexpr int MR = RIM_TILE_ROWS;  // a tile of C held in registers: MR rows of 
 constexpr int NV = RIM_TILE_VECTORS;
 
 // The right operand, (inner, cols). Panel q starts at data + q * panel and holds up to NV vectors of each row, `ld` apart
-// (`last_ld` in the last panel). Packed, columns run on to a multiple of the vector width. Or, by columns, column c lies at
-// data + c * ld.
-enum Form { PACKED, BY_ROWS, BY_COLUMNS };
+// (`last_ld` in the last panel). Packed, columns run on to a multiple of the vector width. Rounded, it is packed as words of two
+// bfloat16, those of rows i and i + half(inner). Or, by columns, column c lies at data + c * ld.
+enum Form { PACKED, ROUNDED, BY_ROWS, BY_COLUMNS };
 template <class T>
 struct Matrix {
   const T* data;
@@ -28,6 +28,9 @@ template <class T>
 constexpr int64_t packed_size(int inner, int cols) {
   return int64_t(inner) * pad<T>(cols);
 }
+template <class T>
+constexpr bool ROUNDS = RIM_VECTOR_BYTES == 64 && sizeof(T) == 4;
+constexpr int half(int inner) { return (inner + 1) / 2; }
 
 // As it lies in memory, rows `ld` apart. Nothing beyond `cols` is read, nor written to the product.
 template <class T>
@@ -43,15 +46,17 @@ Matrix<T> transposed(const T* data, int inner, int cols, int64_t ld) {
 
 // A view of storage to be filled by pack().
 template <class T>
-Matrix<T> panels(const T* storage, int inner, int cols) {
+Matrix<T> panels(const T* storage, int inner, int cols, bool rounded = false) {
   constexpr int full = NV * WIDTH<T>;
   const int rest = cols % full;
-  return {storage, inner, cols, int64_t(inner) * full, full, rest ? pad<T>(rest) : full, PACKED};
+  return {storage, inner, cols, int64_t(rounded ? half(inner) : inner) * full, full, rest ? pad<T>(rest) : full, rounded ? ROUNDED : PACKED};
 }
 
 // Rows [row, row + rows) of packed B from `from`, whose element (r, c) lies at r * row_step + c * col_step; zeros beyond.
 template <class T>
 void pack(const Matrix<T>& B, int row, int rows, const T* from, int64_t row_step, int64_t col_step) {
+  if constexpr (ROUNDS<T>)
+    if (B.form == ROUNDED) return pack_rounded(B, row, rows, from, row_step, col_step);
   constexpr int full = NV * WIDTH<T>;
   for (int first = 0; first < B.cols; first += full) {
     const int left = B.cols - first, count = left < full ? left : full;
@@ -65,9 +70,10 @@ void pack(const Matrix<T>& B, int row, int rows, const T* from, int64_t row_step
   }
 }
 
-// A tile of C, N vectors wide; unless it is WHOLE, only `last` elements of the last vector are there.
-template <class T, int R, int N, bool BY_COLUMN, bool WHOLE>
-RIM_INLINE void tile(int inner, const T* A, int64_t a_step, const T* B, int64_t ld, T* C, int64_t c_step, bool accumulate, int last) {
+// A tile of C, N vectors wide; unless it is WHOLE, only `last` elements of the last vector are there. F: numbers, or
+// words of two, always whole.
+template <class F, class T, int R, int N, bool BY_COLUMN, bool WHOLE>
+RIM_INLINE void tile(int inner, const F* A, int64_t a_step, const F* B, int64_t ld, T* C, int64_t c_step, bool accumulate, int last) {
   constexpr int full = WHOLE ? N : N - 1;
   Vec<T> c[R][N];
   for (int r = 0; r < R; ++r)
@@ -76,14 +82,14 @@ RIM_INLINE void tile(int inner, const T* A, int64_t a_step, const T* B, int64_t 
       c[r][v] = !accumulate ? Vec<T>{} : v < full ? load(from) : load(from, last);
     }
   for (int i = 0; i < inner; ++i) {
-    Vec<T> b[N];
+    Vec<F> b[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) b[v] = v < full ? load(B + i * ld + v * WIDTH<T>) : load(B + i * ld + v * WIDTH<T>, last);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<T> a = fill<T>(BY_COLUMN ? A[i * a_step + r] : A[r * a_step + i]);
+      const Vec<F> a = fill<F>(BY_COLUMN ? A[i * a_step + r] : A[r * a_step + i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) c[r][v] += a * b[v];
+      for (int v = 0; v < N; ++v) add_product(c[r][v], a, b[v]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -93,18 +99,18 @@ RIM_INLINE void tile(int inner, const T* A, int64_t a_step, const T* B, int64_t 
     }
 }
 
-template <class T, int N, bool BY_COLUMN, bool WHOLE>
-void tiles(int rows, int inner, const T* A, int64_t a_step, const T* B, int64_t ld, T* C, int64_t c_step, bool accumulate, int last) {
+template <class F, class T, int N, bool BY_COLUMN, bool WHOLE>
+void tiles(int rows, int inner, const F* A, int64_t a_step, const F* B, int64_t ld, T* C, int64_t c_step, bool accumulate, int last) {
   const int64_t next = BY_COLUMN ? 1 : a_step;
   int r = 0;
   for (; r + MR <= rows; r += MR)
-    tile<T, MR, N, BY_COLUMN, WHOLE>(inner, A + r * next, a_step, B, ld, C + r * c_step, c_step, accumulate, last);
+    tile<F, T, MR, N, BY_COLUMN, WHOLE>(inner, A + r * next, a_step, B, ld, C + r * c_step, c_step, accumulate, last);
   A += r * next;
   C += r * c_step;
   switch (rows - r) {
 #define RIM_ROWS(R) \
   case R:           \
-    if constexpr (R < MR) return tile<T, R, N, BY_COLUMN, WHOLE>(inner, A, a_step, B, ld, C, c_step, accumulate, last); \
+    if constexpr (R < MR) return tile<F, T, R, N, BY_COLUMN, WHOLE>(inner, A, a_step, B, ld, C, c_step, accumulate, last); \
     break;
     RIM_ROWS(1) RIM_ROWS(2) RIM_ROWS(3) RIM_ROWS(4) RIM_ROWS(5) RIM_ROWS(6) RIM_ROWS(7)
     RIM_ROWS(8) RIM_ROWS(9) RIM_ROWS(10) RIM_ROWS(11) RIM_ROWS(12) RIM_ROWS(13)
@@ -150,29 +156,80 @@ void multiply_columns(int rows, const T* A, int64_t a_step, const Matrix<T>& B, 
   for (; rows > 0; --rows, A += a_step, C += c_step) columns<T, 1>(A, a_step, B, C, c_step, accumulate);
 }
 
+// Rows [from, from + inner) of B, which lies in panels, with A.
+template <class F, bool BY_COLUMN, class T>
+void multiply_panels(int rows, int inner, const F* A, int64_t a_step, const Matrix<T>& B, int from, T* C, int64_t c_step, bool accumulate) {
+  constexpr int full = NV * WIDTH<T>;
+  for (int first = 0; first < B.cols; first += full) {
+    const int left = B.cols - first, vectors = left >= full ? NV : (left + WIDTH<T> - 1) / WIDTH<T>;
+    const int64_t ld = left > full ? B.ld : B.last_ld;
+    const int last = left - (vectors - 1) * WIDTH<T>;  // WIDTH or more: the last vector is whole
+    const F* panel = reinterpret_cast<const F*>(B.data + int64_t(first / full) * B.panel + from * ld);
+    const bool whole = B.form != BY_ROWS || last >= WIDTH<T>;
+    switch (vectors) {
+#define RIM_VECTORS(N)                                                                                                          \
+  case N:                                                                                                                       \
+    if constexpr (N <= NV)                                                                                                      \
+      (whole ? tiles<F, T, N, BY_COLUMN, true> : tiles<F, T, N, BY_COLUMN, F(0.5) == 0>)(rows, inner, A, a_step, panel, ld, C + first, c_step, accumulate, last); \
+    break;
+      RIM_VECTORS(1) RIM_VECTORS(2) RIM_VECTORS(3) RIM_VECTORS(4)
+#undef RIM_VECTORS
+    }
+  }
+}
+
+#if RIM_VECTOR_BYTES == 64
+// pack() where B is rounded. An odd last row has zeros beside it.
+inline void pack_rounded(const Matrix<float>& B, int row, int rows, const float* from, int64_t row_step, int64_t col_step) {
+  constexpr int full = NV * WIDTH<float>;
+  const int apart = half(B.inner), last = row + rows, end = last == B.inner ? 2 * apart : last;
+  for (int first = 0; first < B.cols; first += full) {
+    const int left = B.cols - first, count = left < full ? left : full;
+    const int64_t ld = left > full ? B.ld : B.last_ld;
+    float* panel = const_cast<float*>(B.data) + int64_t(first / full) * B.panel;
+    for (int r = row; r < end; ++r) {
+      const bool upper = r >= apart;
+      const float* source = from + (r - row) * row_step + first * col_step;
+      for (int c = 0; c < ld; c += WIDTH<float>) {
+        Vec<float> values{};
+        for (int lane = 0; lane < WIDTH<float> && c + lane < count && r < last; ++lane) values[lane] = source[(c + lane) * col_step];
+        float* to = panel + (upper ? r - apart : r) * ld + c;
+        const Vec<int32_t> beside = load(reinterpret_cast<int32_t*>(to));
+        store(reinterpret_cast<int32_t*>(to), upper ? (beside & 0xffff) | in_upper_half(values) : in_lower_half(values) | (beside & ~0xffff));
+      }
+    }
+  }
+}
+// A with rounded B: A is rounded piece by piece.
+inline void multiply_rounded(int rows, const float* A, int64_t a_step, const Matrix<float>& B, float* C, int64_t c_step, bool accumulate) {
+  constexpr int together = 4 * MR, most = 128;  // rows and words of a piece: 16 KB
+  int32_t piece[together][most];
+  const int apart = half(B.inner), above = B.inner - apart;
+  for (int r = 0; r < rows; r += together) {
+    const int count = rows - r < together ? rows - r : together;
+    for (int from = 0; from < apart; from += most) {
+      const int inner = apart - from < most ? apart - from : most;
+      for (int i = 0; i < count; ++i)
+        for (int w = 0; w < inner; w += WIDTH<float>) {
+          const float* a = A + (r + i) * a_step + from + w;
+          const int left = above - from - w;
+          store(&piece[i][w], in_lower_half(load(a, inner - w)) | in_upper_half(load(a + apart, left > 0 ? left : 0)));
+        }
+      multiply_panels<int32_t, false>(count, inner, &piece[0][0], most, B, from, C + r * c_step, c_step, accumulate || from > 0);
+    }
+  }
+}
+#endif
+
 // C (rows, cols) = or += A B. Element (r, i) of A lies at r * a_step + i, or by column at i * a_step + r. Rows of C are c_step
 // apart and, where B is packed, writable up to pad(cols).
 template <class T, bool BY_COLUMN = false>
 void multiply(int rows, const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_step, bool accumulate = false) {
   if (rows == 0) return;
   if (B.form == BY_COLUMNS) return multiply_columns(rows, A, a_step, B, C, c_step, accumulate);
-  constexpr int full = NV * WIDTH<T>;
-  for (int first = 0; first < B.cols; first += full) {
-    const T* panel = B.data + int64_t(first / full) * B.panel;
-    const int left = B.cols - first, vectors = left >= full ? NV : (left + WIDTH<T> - 1) / WIDTH<T>;
-    const int64_t ld = left > full ? B.ld : B.last_ld;
-    const int last = left - (vectors - 1) * WIDTH<T>;  // WIDTH or more: the last vector is whole
-    const bool whole = B.form == PACKED || last >= WIDTH<T>;
-    switch (vectors) {
-#define RIM_VECTORS(N)                                                                                                          \
-  case N:                                                                                                                       \
-    if constexpr (N <= NV)                                                                                                      \
-      (whole ? tiles<T, N, BY_COLUMN, true> : tiles<T, N, BY_COLUMN, false>)(rows, B.inner, A, a_step, panel, ld, C + first, c_step, accumulate, last); \
-    break;
-      RIM_VECTORS(1) RIM_VECTORS(2) RIM_VECTORS(3) RIM_VECTORS(4)
-#undef RIM_VECTORS
-    }
-  }
+  if constexpr (ROUNDS<T>)
+    if (B.form == ROUNDED) return multiply_rounded(rows, A, a_step, B, C, c_step, accumulate);
+  multiply_panels<T, BY_COLUMN>(rows, B.inner, A, a_step, B, 0, C, c_step, accumulate);
 }
 
 // A right operand in parts: A's columns from `from` meet B and make C's columns from `to`.

@@ -83,7 +83,7 @@ class Input {
 
 #if defined(__x86_64__)
 // Asked here: in zig's run-time library __builtin_cpu_supports says no to everything.
-void ask_processor(bool& avx2, bool& avx512) {
+void ask_processor(bool& avx2, bool& avx512, bool& bfloat16) {
   unsigned a, b, c, d, kept = 0, rest;  // kept: the registers that the system keeps for a thread
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return;
   __asm__("xgetbv" : "=a"(kept), "=d"(rest) : "c"(0));
@@ -91,18 +91,30 @@ void ask_processor(bool& avx2, bool& avx512) {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
   avx2 = (kept & wide) == wide && (b & bit_AVX2);
   avx512 = avx2 && (kept & widest) == widest && (b & all) == all;
+  bfloat16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1 << 5);  // bit_AVX512BF16, where headers are new enough
 }
 #endif
 
 // The instruction set: the best that the processor has, or the one that RIM_RNN_ISA names.
 constexpr const char* ISAS[] = {"baseline", "avx2", "avx512"};  // as native.py has them
 
+struct Processor {
+  bool has[3] = {true, false, false}, products_in_bfloat16 = false;
+
+  Processor() {
+#if defined(__x86_64__)
+    ask_processor(has[1], has[2], products_in_bfloat16);
+#endif
+  }
+};
+const Processor& processor() {
+  static const Processor asked;
+  return asked;
+}
+
 int64_t isa() {
   static const int64_t chosen = [] {
-    bool has[] = {true, false, false};
-#if defined(__x86_64__)
-    ask_processor(has[1], has[2]);
-#endif
+    const bool(&has)[3] = processor().has;
     const char* wanted = std::getenv("RIM_RNN_ISA");
     if (!wanted || !*wanted) return has[2] ? 2 : has[1] ? 1 : 0;
     for (int i = 0; i < 3; ++i)
@@ -142,7 +154,7 @@ struct Arguments {
   const Optional &bias_ih, &bias_hh, &weight_hr, &comm_query, &comm_key, &comm_value, &comm_output, &keep_input, &keep_comm;
   const std::vector<int64_t>& batch_sizes;
   int64_t k, heads, comm_heads;
-  bool bounded, reverse;
+  bool bounded, reverse, rounded;
 };
 
 int size_of(const char* name, const Tensor& tensor, int64_t dims, int64_t dim, int64_t most = MOST) {
@@ -243,12 +255,12 @@ struct Call {
     s.input_scale = 1 / std::sqrt(double(s.key));
     s.comm_scale = comm ? 1 / std::sqrt(double(s.comm_key)) : 0;
     output_shape = packed ? Shape{s.total, n * p} : Shape{s.steps, s.batch, n * p};
-    plan(backward);
+    plan(backward, a.rounded);
   }
 
   // Which products to multiply out first, whether to pack the weights at all, and into how many blocks to cut the batch, by
   // counting multiplications.
-  void plan(bool backward) {
+  void plan(bool backward, bool rounded) {
     const double rows = double(s.total), in1 = s.in1(), gates = s.weight_gates(), passes = backward ? 3 : 1;
     const double apart_key = rows * s.heads * s.key * (s.input + s.n), folded_key = in1 * s.heads * s.n * (double(s.p) * s.key + rows);
     const double apart_value = rows * s.heads * s.value * (s.input + s.k * gates);
@@ -262,6 +274,7 @@ struct Call {
     const double packed = std::min(folded_key, apart_key) + std::min(folded_value, apart_value) +
                           (s.steps + 30) * elements(fold_key ? in1 : s.key, fold_value ? in1 : s.value);
     s.in_place = s.total <= MOST_IN_PLACE && as_they_lie < packed;
+    s.rounded = rounded && !s.in_place && sizeof(T) == 4 && isa() == 2 && processor().products_in_bfloat16;
     s.fold_key = fold_key && !s.in_place, s.fold_value = fold_value && !s.in_place;
     const double step = double(s.k) * s.K() * gates + double(s.n) * s.p * (s.S() * s.heads + s.e() + s.w()) + double(s.k) * s.p * (s.e() + s.w());
     const double threads = torch::stable::get_num_threads();
@@ -447,15 +460,15 @@ std::vector<Tensor> scan_backward_as(const Arguments& a, const Optional& grad_ou
   "Tensor input, Tensor h, Tensor? c, Tensor query, Tensor? query_bias, Tensor key, Tensor? key_bias, Tensor value, "          \
   "Tensor? value_bias, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, "              \
   "Tensor? comm_query, Tensor? comm_key, Tensor? comm_value, Tensor? comm_output, Tensor? keep_input, Tensor? keep_comm, "     \
-  "int[] batch_sizes, int k, int heads, int comm_heads, bool bounded, bool reverse"
+  "int[] batch_sizes, int k, int heads, int comm_heads, bool bounded, bool reverse, bool rounded"
 #define RIM_DECLARED                                                                                                           \
   Tensor input, Tensor h, Optional c, Tensor query, Optional query_bias, Tensor key, Optional key_bias, Tensor value,          \
   Optional value_bias, Tensor weight_ih, Tensor weight_hh, Optional bias_ih, Optional bias_hh, Optional weight_hr,             \
   Optional comm_query, Optional comm_key, Optional comm_value, Optional comm_output, Optional keep_input, Optional keep_comm,  \
-  std::vector<int64_t> batch_sizes, int64_t k, int64_t heads, int64_t comm_heads, bool bounded, bool reverse
+  std::vector<int64_t> batch_sizes, int64_t k, int64_t heads, int64_t comm_heads, bool bounded, bool reverse, bool rounded
 #define RIM_PASSED                                                                                                             \
   input, h, c, query, query_bias, key, key_bias, value, value_bias, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr,         \
-  comm_query, comm_key, comm_value, comm_output, keep_input, keep_comm, batch_sizes, k, heads, comm_heads, bounded, reverse
+  comm_query, comm_key, comm_value, comm_output, keep_input, keep_comm, batch_sizes, k, heads, comm_heads, bounded, reverse, rounded
 
 bool is_double(const Tensor& input) {
   const ScalarType type = input.scalar_type();

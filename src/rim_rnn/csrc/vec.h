@@ -32,6 +32,10 @@ struct Simd<double> {
   typedef double V __attribute__((vector_size(RIM_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(RIM_VECTOR_BYTES)));
 };
+template <>
+struct Simd<int32_t> {
+  typedef int32_t V __attribute__((vector_size(RIM_VECTOR_BYTES)));
+};
 template <class T>
 using Vec = typename Simd<T>::V;
 template <class T>
@@ -156,6 +160,25 @@ template <class T>
 RIM_INLINE void add(T* to, const T* from, int size, T scale = 1) {
   each_vector<T>(size, [&](int d, int left) { store(to + d, load(to + d, left) + scale * load(from + d, left), left); });
 }
+
+// c += a b
+template <class V>
+RIM_INLINE void add_product(V& c, V a, V b) {
+  c += a * b;
+}
+#if RIM_VECTOR_BYTES == 64
+// Words of two bfloat16: two products for each, summed in float32. In assembly, for only a processor that says it has this (rim.cpp)
+// is given such words, and the compiler may not use it anywhere else.
+RIM_INLINE void add_product(Vec<float>& c, Vec<int32_t> a, Vec<int32_t> b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); }
+RIM_INLINE Vec<int32_t> load(const int32_t* p, int) { return load(p); }  // packed, and so always whole vectors
+// To the nearest bfloat16, ties to even.
+RIM_INLINE Vec<int32_t> in_upper_half(Vec<float> x) {
+  Vec<int32_t> bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000) & ~0xffff;
+}
+RIM_INLINE Vec<int32_t> in_lower_half(Vec<float> x) { return (in_upper_half(x) >> 16) & 0xffff; }
+#endif
 
 // exp(x) - 1 = 2^m (exp(r) - 1) + (2^m - 1) with x = m ln 2 + r and |r| <= ln(2)/2; exp(r) - 1 by its Taylor series.
 // `rest` and `power` are the two factors: exp(x) = power + power * rest.

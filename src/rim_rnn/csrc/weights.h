@@ -99,16 +99,16 @@ struct Weights {
   }
 
  private:
-  static Parts<T> space(Arena& arena, int inner, int cols) {
+  static Parts<T> space(Arena& arena, int inner, int cols, bool rounded = false) {
     Parts<T> parts;
-    parts.add(0, 0, false, panels<T>(arena.take<T>(packed_size<T>(inner, cols)), inner, cols));
+    parts.add(0, 0, false, panels<T>(arena.take<T>(packed_size<T>(inner, cols)), inner, cols, rounded));
     return parts;
   }
   // Space for prepare() to fill.
   static UnitWeights<T> packed(const Sizes& s, Arena& arena, bool t, bool backward) {
-    const auto either = [&](int inner, int cols) { return t ? space(arena, cols, inner) : space(arena, inner, cols); };
+    const auto either = [&](int inner, int cols) { return t ? space(arena, cols, inner, s.rounded) : space(arena, inner, cols, s.rounded); };
     UnitWeights<T> unit;
-    unit.query = either(t ? s.p : s.p1(), s.heads * s.S());
+    unit.query = t ? space(arena, s.heads * s.S(), s.p) : space(arena, s.p1(), s.heads * s.S());  // of the bids
     unit.read = either(s.p, s.e() + s.w());
     unit.ask = either(s.p, s.e());
     if (backward && !t) return unit;
