@@ -92,7 +92,7 @@ def test_sizes(groups: list[Group]) -> list[int]:
 
 
 def table(task: type[Task], groups: list[Group], name: str) -> str:
-    """One measure: two lines for each group of runs, the chosen epoch and the last one, or the last one alone."""
+    """One measure: for each group of runs a line for the chosen epoch and one for the last; where they are the same, one line."""
     measure, sizes = task.measures[name], test_sizes(groups)
     rows = [[measure.title, "seeds", "epoch", "validation", *map(task.label, sizes), "time"]]
     for group in groups:
@@ -102,7 +102,8 @@ def table(task: type[Task], groups: list[Group], name: str) -> str:
             continue
         kinds = {"last": [run.epochs[-1] for run in runs]}
         if runs[0].row.arguments.valid:
-            kinds = {"chosen": [chosen(run.epochs) for run in runs]} | kinds
+            best = [chosen(run.epochs) for run in runs]
+            kinds = {"chosen, last": best} if best == kinds["last"] else {"chosen": best} | kinds
         time = duration(statistics.fmean(run.seconds for run in runs))
         for kind, lines in kinds.items():
             epochs = f"{kind}: {', '.join(str(line['epoch']) for line in lines)}"
