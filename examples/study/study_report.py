@@ -92,7 +92,7 @@ def test_sizes(groups: list[Group]) -> list[int]:
 
 
 def table(task: type[Task], groups: list[Group], name: str) -> str:
-    """One measure: for each group of runs a line for the chosen epoch and one for the last; where they are the same, one line."""
+    """One measure: for each group of runs a line for the chosen epoch and one for the last, or one for both."""
     measure, sizes = task.measures[name], test_sizes(groups)
     rows = [[measure.title, "seeds", "epoch", "validation", *map(task.label, sizes), "time"]]
     for group in groups:
