@@ -455,7 +455,7 @@ def test_what_a_machine_does_not_have_is_not_taken_away(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     left_out = {ablation.what for ablation in ABLATIONS if not ablations.makes_sense(ablation, args)}
     assert left_out == {ablation.what for ablation in ABLATIONS if ablation.needs == ("AVX512",) or "thread" in ablation.what}
-    assert len(left_out) == 3
+    assert len(left_out) == 4
 
 
 def test_words_choose_ablations(capsys: pytest.CaptureFixture[str]) -> None:
