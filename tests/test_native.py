@@ -172,7 +172,7 @@ def test_narrow_numbers_are_computed_in_float32(options: dict[str, Any], dtype: 
         {"bidirectional": True},
     ],
 )
-@pytest.mark.parametrize("sizes", [(5, 52), (64, 256)])
+@pytest.mark.parametrize("sizes", [(5, 52), (64, 280)])  # more than 256 gates
 def test_products_in_bfloat16(options: dict[str, Any], sizes: tuple[int, int]) -> None:
     """Many rows of a bfloat16 layer may be multiplied in bfloat16, and summed in float32: near the float32 of the same, in
     results and gradients. All units win, for where one hardly wins, rounding may choose another."""
@@ -181,12 +181,12 @@ def test_products_in_bfloat16(options: dict[str, Any], sizes: tuple[int, int]) -
     x = torch.randn(20, 33, sizes[0], dtype=torch.bfloat16)
     for our, their in zip(forward_and_backward(rnn, x)[0], forward_and_backward(wide, x.float())[0], strict=True):
         assert our.dtype is torch.bfloat16
-        assert (our.float() - their).abs().max() <= 0.02 * their.abs().max()
+        assert (our.float() - their).norm() <= 0.01 * their.norm()
 
 
 @pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
 def test_products_in_bfloat16_leave_bids_and_rows_alone(rnn_cell: str) -> None:
-    """Winners are chosen in float32; a row has the same bits whatever rows are beside it."""
+    """From the same states come the winners of float32; a row has the same bits whatever rows are beside it."""
     rnn, wide = (RIM(64, 256, num_units=4, k=2, rnn_cell=rnn_cell, dtype=d) for d in (torch.bfloat16, torch.float32))
     wide.load_state_dict(rnn.state_dict())
     x, h_0 = torch.randn(2, 600, 64, dtype=torch.bfloat16), torch.randn(1, 600, 256, dtype=torch.bfloat16)
@@ -195,7 +195,7 @@ def test_products_in_bfloat16_leave_bids_and_rows_alone(rnn_cell: str) -> None:
         output, _ = rnn(x, state)
     with record(wide) as theirs:
         wide(x.float(), h_0.float() if rnn_cell == "GRU" else (h_0.float(), h_0.float()))
-    assert torch.equal(ours[0].active[0], theirs[0].active[0])
+    assert torch.equal(ours[0].active[0, 0], theirs[0].active[0, 0])
     some = tuple(s[:, 101:501] for s in state) if isinstance(state, tuple) else state[:, 101:501]
     assert torch.equal(rnn(x[:, 101:501], some)[0], output[:, 101:501])
 
@@ -218,6 +218,22 @@ def test_gradients_that_have_gradients_are_those_of_the_same_winners_under_autoc
     with torch.autocast("cpu", dtype=torch.bfloat16):
         gradients = [torch.autograd.grad(rnn(x)[0].float().square().sum(), x, create_graph=c)[0] for c in (False, True)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU", "num_input_heads": 2}, {"bidirectional": True}])
+def test_gradients_that_have_gradients_are_those_of_the_same_winners_in_bfloat16(options: dict[str, Any]) -> None:
+    """Products in bfloat16 lead to other winners than float32 does, which a gradient of the same call has to know."""
+    for _ in range(3):
+        rnn, x = RIM(16, 48, num_units=4, k=1, dtype=torch.bfloat16, **options), torch.randn(40, 16, 16, dtype=torch.bfloat16)
+        x.requires_grad_()
+        once, again = (torch.autograd.grad(rnn(x)[0].float().square().sum(), x, create_graph=c)[0] for c in (False, True))
+        assert (once.float() - again.float()).norm() < 0.02 * once.float().norm()
+    packed = pack_padded_sequence(x.detach(), torch.arange(40, 24, -1), enforce_sorted=False)
+    once, again = (
+        torch.autograd.grad(rnn(packed)[0].data.float().square().sum(), rnn.cells[0].dynamics.weight_hh, create_graph=c)[0]
+        for c in (False, True)
+    )
+    assert (once.float() - again.float()).norm() < 0.02 * once.float().norm()
 
 
 def test_a_loop_of_narrow_cells_keeps_no_copies_of_weights() -> None:

@@ -160,8 +160,8 @@ class _Lent(nn.Module):
         return getattr(self.step, self.method)(*args, **kwargs)
 
 
-def run(tensors: Sequence[Any], sizes: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The readable scan of a step with these parameters."""
+def run(tensors: Sequence[Any], sizes: tuple[Any, ...], winners: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The readable scan of a step with these parameters, and of these ``winners``, ``(rows of all steps, k)``, if given."""
     *tensors, keep_input, keep_comm = tensors
     input, h, c, query, query_bias, key, _, value, _, weight_ih, *_ = tensors
     comm_query, _, comm_value, _ = tensors[-4:]
@@ -188,6 +188,11 @@ def run(tensors: Sequence[Any], sizes: tuple[Any, ...]) -> tuple[Tensor, ...]:
             comm_dropout=0.0,
             comm_bounded=bounded,
         )
+    if winners is not None:
+        present = list(batch_sizes) or [input.size(1)] * input.size(0)
+        won = h.new_zeros(len(winners), n).scatter(1, winners.long(), 1.0).t().unsqueeze(-1).split(present, dim=1)
+        order = iter(won[::-1] if reverse else won)
+        step.input_attention.register_forward_hook(lambda module, given, made: (next(order), *made[1:]))  # in place of scores
     parameters = {f"step.{name}": t for name, t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None}
     state = (h,) if c is None else (h, c)
     output, last, _ = torch.func.functional_call(
@@ -197,7 +202,11 @@ def run(tensors: Sequence[Any], sizes: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 def differentiate(
-    tensors: Sequence[Any], sizes: tuple[Any, ...], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    tensors: Sequence[Any],
+    sizes: tuple[Any, ...],
+    grads: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    winners: Tensor | None = None,
 ) -> list[Tensor | None]:
     """The gradients of a scan, themselves differentiable, for each of the ``tensors`` but what dropout drew.
 
@@ -208,7 +217,7 @@ def differentiate(
     places = [i for i, (t, want) in enumerate(zip(aliases[:-2], wanted, strict=False)) if t is not None and want]
     found: list[Tensor | None] = [None] * (len(tensors) - 2)
     with torch.autocast(tensors[0].device.type, enabled=False):  # forward was not lowered either
-        results = run(aliases, sizes)
+        results = run(aliases, sizes, winners)
         given = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None and r.requires_grad]
         if given and places:
             outputs, given_grads = zip(*given, strict=True)
