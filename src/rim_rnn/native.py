@@ -35,8 +35,8 @@ ISAS = ("baseline", "avx2", "avx512")
 """The instruction sets that the operator is built for, in the order of ``csrc/rim.cpp``."""
 
 NARROW = (torch.bfloat16, torch.float16)
-"""Computed in float32, and only the results are rounded; of a bfloat16 layer also what is multiplied, but for the bids, where
-the processor has products in bfloat16."""
+"""Computed in float32, and only the results are rounded; of a bfloat16 layer also what the gates, the projection and the
+communication multiply, where rows are many and the processor has products of bfloat16."""
 
 
 def _load() -> str | None:

@@ -1,7 +1,7 @@
 // Matrix products for one thread: C = A B or C += A B, B packed into panels or taken as it lies.
 //
-// An element of C is one sum in the order of the inner index, whatever rows are computed beside it: a batch row gets the
-// same bits alone and in company.
+// An element of C is one sum in an order of its own, whatever rows are computed beside it: a batch row gets the same bits
+// alone and in company.
 #pragma once
 
 #include "vec.h"
@@ -30,6 +30,10 @@ constexpr int64_t packed_size(int inner, int cols) {
 }
 template <class T>
 constexpr bool ROUNDS = RIM_VECTOR_BYTES == 64 && sizeof(T) == 4;
+template <class F>
+constexpr bool IN_WORDS = false;
+template <>
+constexpr bool IN_WORDS<int32_t> = true;
 constexpr int half(int inner) { return (inner + 1) / 2; }
 
 // As it lies in memory, rows `ld` apart. Nothing beyond `cols` is read, nor written to the product.
@@ -56,7 +60,7 @@ Matrix<T> panels(const T* storage, int inner, int cols, bool rounded = false) {
 template <class T>
 void pack(const Matrix<T>& B, int row, int rows, const T* from, int64_t row_step, int64_t col_step) {
   if constexpr (ROUNDS<T>)
-    if (B.form == ROUNDED) return pack_rounded(B, row, rows, from, row_step, col_step);
+    if (B.form == ROUNDED) return pack_rounded(B, from, row_step, col_step);
   constexpr int full = NV * WIDTH<T>;
   for (int first = 0; first < B.cols; first += full) {
     const int left = B.cols - first, count = left < full ? left : full;
@@ -170,7 +174,7 @@ void multiply_panels(int rows, int inner, const F* A, int64_t a_step, const Matr
 #define RIM_VECTORS(N)                                                                                                          \
   case N:                                                                                                                       \
     if constexpr (N <= NV)                                                                                                      \
-      (whole ? tiles<F, T, N, BY_COLUMN, true> : tiles<F, T, N, BY_COLUMN, F(0.5) == 0>)(rows, inner, A, a_step, panel, ld, C + first, c_step, accumulate, last); \
+      (whole ? tiles<F, T, N, BY_COLUMN, true> : tiles<F, T, N, BY_COLUMN, IN_WORDS<F>>)(rows, inner, A, a_step, panel, ld, C + first, c_step, accumulate, last); \
     break;
       RIM_VECTORS(1) RIM_VECTORS(2) RIM_VECTORS(3) RIM_VECTORS(4)
 #undef RIM_VECTORS
@@ -179,25 +183,20 @@ void multiply_panels(int rows, int inner, const F* A, int64_t a_step, const Matr
 }
 
 #if RIM_VECTOR_BYTES == 64
-// pack() where B is rounded. An odd last row has zeros beside it.
-inline void pack_rounded(const Matrix<float>& B, int row, int rows, const float* from, int64_t row_step, int64_t col_step) {
+// pack() of all rows where B is rounded: row r and, if there is one, row r + half(inner).
+inline void pack_rounded(const Matrix<float>& B, const float* from, int64_t row_step, int64_t col_step) {
   constexpr int full = NV * WIDTH<float>;
-  const int apart = half(B.inner), last = row + rows, end = last == B.inner ? 2 * apart : last;
+  const int apart = half(B.inner);
+  const auto part = [&](int r, int c) {
+    Vec<float> values{};
+    for (int lane = 0; lane < WIDTH<float> && c + lane < B.cols && r < B.inner; ++lane) values[lane] = from[r * row_step + (c + lane) * col_step];
+    return values;
+  };
   for (int first = 0; first < B.cols; first += full) {
-    const int left = B.cols - first, count = left < full ? left : full;
-    const int64_t ld = left > full ? B.ld : B.last_ld;
-    float* panel = const_cast<float*>(B.data) + int64_t(first / full) * B.panel;
-    for (int r = row; r < end; ++r) {
-      const bool upper = r >= apart;
-      const float* source = from + (r - row) * row_step + first * col_step;
-      for (int c = 0; c < ld; c += WIDTH<float>) {
-        Vec<float> values{};
-        for (int lane = 0; lane < WIDTH<float> && c + lane < count && r < last; ++lane) values[lane] = source[(c + lane) * col_step];
-        float* to = panel + (upper ? r - apart : r) * ld + c;
-        const Vec<int32_t> beside = load(reinterpret_cast<int32_t*>(to));
-        store(reinterpret_cast<int32_t*>(to), upper ? (beside & 0xffff) | in_upper_half(values) : in_lower_half(values) | (beside & ~0xffff));
-      }
-    }
+    const int64_t ld = B.cols - first > full ? B.ld : B.last_ld;
+    int32_t* to = reinterpret_cast<int32_t*>(const_cast<float*>(B.data)) + int64_t(first / full) * B.panel;
+    for (int r = 0; r < apart; ++r, to += ld)
+      for (int c = 0; c < ld; c += WIDTH<float>) store(to + c, in_lower_half(part(r, first + c)) | in_upper_half(part(r + apart, first + c)));
   }
 }
 // A with rounded B: A is rounded piece by piece.
@@ -227,7 +226,7 @@ template <class T, bool BY_COLUMN = false>
 void multiply(int rows, const T* A, int64_t a_step, const Matrix<T>& B, T* C, int64_t c_step, bool accumulate = false) {
   if (rows == 0) return;
   if (B.form == BY_COLUMNS) return multiply_columns(rows, A, a_step, B, C, c_step, accumulate);
-  if constexpr (ROUNDS<T>)
+  if constexpr (ROUNDS<T> && !BY_COLUMN)
     if (B.form == ROUNDED) return multiply_rounded(rows, A, a_step, B, C, c_step, accumulate);
   multiply_panels<T, BY_COLUMN>(rows, B.inner, A, a_step, B, 0, C, c_step, accumulate);
 }

@@ -16,7 +16,7 @@ struct Sizes {
   bool lstm, bias, projected, reverse;
   bool bounded;                                // communication adds room * tanh(message), not the message
   bool fold_key, fold_value;                   // multiply W^q W^e, or W^v W_ih, out first
-  bool rounded;                                // products in bfloat16 but for those of the bids
+  bool rounded;                                // gates, projection and communication multiply in bfloat16, their weight gradients do not
   bool in_place;                               // few rows: weights as they lie, none multiplied out or packed
   int blocks;                                  // batch row r belongs to block r % blocks
   int hands;                                   // threads that share a block; one in backward
