@@ -72,4 +72,5 @@ wheels: setup $(VENV)/release
 	.ci/wheels
 
 audit: setup $(VENV)/tools $(VENV)/release
+	python -m pip install --quiet --upgrade pip
 	pip-audit --local --skip-editable --progress-spinner off
