@@ -66,6 +66,10 @@ class RIMCell(Step, Generic[StateT]):
             h'_j = \tilde h_j + \tanh(\mathrm{attention}_j(\tilde h_1, \dots, \tilde h_n) W^o_j) & \text{winners, eqs. 5 and 6}
         \end{array}
 
+    :math:`W^e` and :math:`W^v` are shared by the units, every weight with an index is a unit's own, and :math:`d` is
+    ``key_size_input``. :math:`\mathrm{attention}_j` is a softmax over the keys of all units, its scores divided by the root of
+    ``key_size_comm``. With several input heads a bid is the mean of their scores.
+
     The :math:`\tanh` is not in the printed equation 6, which has no bound. With it ``|h'|`` is at most ``max(2, |h_0|)``,
     whatever the input, the length and the weights (without projections); GRU units, which add
     :math:`\max(0, 1 - |\tilde h_j|)` times it, stay within ``max(1, |h_0|)``. ``comm_bounded=False`` adds what is printed.
@@ -112,14 +116,16 @@ class RIMCell(Step, Generic[StateT]):
     Attributes:
         input_attention: ``query.weight`` ``(n, p, H*key_size_input)``, ``query.bias``; ``key.weight`` ``(H*key_size_input,
             input_size)``, ``key.bias``; ``value.weight`` ``(H*value_size_input, input_size)``, ``value.bias``, for ``n`` units,
-            ``H`` input heads and units of output size ``p``.
+            ``H`` input heads and units of output size ``p``. A bias has its weight's shape without the dimension before the
+            last (``query``) or the last one. Drawn from :math:`\mathcal{U}(\pm 1/\sqrt{\mathrm{fan\_in}})`, ``value.weight``
+            from twice that range: a unit begins by taking half of a value, so that what it reads is then as large as what an
+            :class:`torch.nn.Linear` gives.
         dynamics: ``weight_ih`` ``(n, H*value_size_input, G*u)``, ``weight_hh`` ``(n, p, G*u)``, ``bias_ih`` and ``bias_hh``
             ``(n, G*u)``, ``weight_hr`` ``(n, u, p)`` with projections; ``G`` is 4 for LSTM and 3 for GRU, ``u`` is
             ``hidden_size // n``. Drawn from :math:`\mathcal{U}(\pm 1/\sqrt{u})`.
         communication: ``query.weight``, ``key.weight``, ``value.weight`` ``(n, p, heads*size)`` and ``output.weight``
-            ``(n, heads*size, p)``. Like those of the input attention drawn from
-            :math:`\mathcal{U}(\pm 1/\sqrt{\mathrm{fan\_in}})`, ``value.weight`` alone from twice that range, for a unit
-            begins by taking half of what it gives.
+            ``(n, heads*size, p)``, ``size`` being ``key_size_comm`` or ``value_size_comm``. Drawn from
+            :math:`\mathcal{U}(\pm 1/\sqrt{\mathrm{fan\_in}})`.
 
     Examples:
         >>> import torch

@@ -80,7 +80,7 @@ class Dynamics(nn.Module, abc.ABC):
 
         Args:
             a_input: ``(n, N, H)``, after dropout.
-            value: ``x W^v + b^v``, ``(N, H*value_size)``, which the read is ``a_input`` times of.
+            value: ``x W^v + b^v``, ``(N, H*value_size)``; the read is ``a_input`` times this.
             gates: Or what :meth:`project` returns, where that was computed for all steps at once.
             state: The old states, ``(n, N, p)`` and ``(n, N, u)``.
         """

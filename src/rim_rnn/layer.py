@@ -48,6 +48,10 @@ class RIM(nn.Module, Generic[StateT]):
             h'_j = \tilde h_j + \tanh(\mathrm{attention}_j(\tilde h_1, \dots, \tilde h_n) W^o_j) & \text{winners, eqs. 5 and 6}
         \end{array}
 
+    :math:`W^e` and :math:`W^v` are shared by the units, every weight with an index is a unit's own, and :math:`d` is
+    ``key_size_input``. :math:`\mathrm{attention}_j` is a softmax over the keys of all units, its scores divided by the root of
+    ``key_size_comm``. With several input heads a bid is the mean of their scores.
+
     The :math:`\tanh` is not in the printed equation 6, which has no bound. With it ``|h'|`` is at most ``max(2, |h_0|)``,
     whatever the input, the length and the weights (without projections); GRU units, which add
     :math:`\max(0, 1 - |\tilde h_j|)` times it, stay within ``max(1, |h_0|)``. ``comm_bounded=False`` adds what is printed.
@@ -115,7 +119,8 @@ class RIM(nn.Module, Generic[StateT]):
 
     Attributes:
         cells: :class:`torch.nn.ModuleList` of :class:`RIMCell`, indexed ``layer * D + direction``; see there for the
-            parameters, their shapes and their initialisation.
+            parameters, their shapes and their initialisation. What the constructor was given can be read under the same
+            names, and that of the units (``num_units``, ``k`` and so on) is fixed from then on.
 
     .. warning::
         The parameters of one kind carry the unit as their first dimension. Initialisation by name works as it is; a slice

@@ -246,7 +246,7 @@ class SharedLinear(nn.Module):
     Attributes:
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)``, or ``None``.
-        gain: So many times as large as that of an :class:`torch.nn.Linear` the weight is drawn.
+        gain: The range that the weight is drawn from, as a multiple of that of an :class:`torch.nn.Linear`.
     """
 
     bias: nn.Parameter | None
