@@ -99,7 +99,7 @@ MUTANTS = [
         "input dropout does not scale",
         ATTENTION,
         "return a_input if keep is None else a_input * keep.transpose(0, 1)",
-        "return a_input if keep is None else a_input * keep.transpose(0, 1) * (1 - self.dropout)",
+        "return a_input if keep is None else a_input * keep.transpose(0, 1) * (1 - self.dropout_probability)",
     ),
     Mutant("the attentions' dropouts in eval mode", STEP, "if not self.training:", "if False:"),
     Mutant(
@@ -118,7 +118,7 @@ MUTANTS = [
         "communication dropout does not scale",
         COMMUNICATION,
         "attention * keep.reshape(attention.shape)",
-        "attention * keep.reshape(attention.shape) * (1 - self.dropout)",
+        "attention * keep.reshape(attention.shape) * (1 - self.dropout_probability)",
     ),
     Mutant(
         "communication dropout on the values instead of the probabilities",

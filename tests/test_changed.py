@@ -18,6 +18,7 @@ import pytest
 import torch
 from drawn import assert_identical, assert_same, gradients, normal, strong
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize, prune
 
@@ -332,7 +333,7 @@ def test_a_subclass_that_draws(place: Place, rnn_cell: str) -> None:
         silent, off = place.make(rnn_cell), place.make(rnn_cell)
         for module in (silent, off):
             cell = cells_of(module)[0]
-            cell.input_attention.dropout = cell.communication.dropout = dropout
+            cell.input_attention.dropout_probability = cell.communication.dropout_probability = dropout
         plain = place.make(rnn_cell)
         assert_heard(place, put(silent, OwnDraw), plain, silence, "a OwnDraw has a step of its own")
         assert_same(results(place, put(off, NoDraw)), results(place, plain))
@@ -420,7 +421,7 @@ def test_a_method_of_a_stage_beside_a_hook(name: str, how: Callable[..., list[st
     module = place.make(rnn_cell, **options)
     at(module, "input_attention.query").register_forward_hook(lambda *_: None)
     how(at(module, path), method, halve)
-    if name in ("dynamics.project", "communication.weight"):
+    if name in ("dynamics.project", "communication.stacked_weights"):
         with pytest.raises(RuntimeError, match=f"a {method} of its own of a .* is for all steps at once"):
             results(place, module)
     else:
@@ -539,6 +540,47 @@ def test_wrappers_everywhere(place: Place, rnn_cell: str) -> None:
     assert_same(results(place, module), results(place, place.make(rnn_cell)))
 
 
+@layers
+@units
+def test_a_wrapper_of_a_cell(place: Place, rnn_cell: str) -> None:
+    """It is called at every step, whether it has the attributes of the cell or not."""
+    for change in (nothing, negate):
+        module = place.make(rnn_cell)
+        module.cells[0] = Around(module.cells[0], change)
+        if change is nothing:
+            assert_same(results(place, module), results(place, place.make(rnn_cell)))
+            assert_same(records_of(place, module), records_of(place, place.make(rnn_cell)))
+        else:
+            assert_heard(place, module, place.make(rnn_cell), by_hand("", after=negate), "cells.0 is a Around")
+    calls = 0
+
+    def count(function: Callable[..., Any], *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return function(*args)
+
+    module = place.make(rnn_cell)
+    module.cells[0] = checkpoint_wrapper(module.cells[0], checkpoint_fn=count)
+    assert_same(results(place, module), results(place, place.make(rnn_cell)))
+    assert calls == place.steps
+
+
+@layers
+@units
+def test_what_holds_no_cell_is_refused(place: Place, rnn_cell: str) -> None:
+    module = place.make(rnn_cell)
+    inputs = place.inputs(module)
+    module.cells[0] = nn.Identity()
+    with pytest.raises(TypeError, match="should be a RIMCell, or hold one, got: Identity"):
+        module(inputs[0])
+
+
+def records_of(place: Place, module: Any) -> list[Tensor]:
+    with record(module) as records:
+        run(module, *place.inputs(module))
+    return [part.double() for part in records[0]]
+
+
 PARAMETERS = [name for name, _ in RIMCell(3, 8, **SIZES).named_parameters()]
 
 
@@ -566,6 +608,19 @@ def test_a_parameter_that_others_tell(name: str, place: Place, rnn_cell: str) ->
         assert_same(run(module, *inputs), run(plain, *inputs))
         assert differ(run(module, *inputs), run(place.make(rnn_cell), *inputs))
         assert reason(place, module) != "native"
+
+
+@places
+@units
+def test_initialisers_by_name_pass_the_modules_inside_by(place: Place, rnn_cell: str) -> None:
+    """Habits of existing code that do nothing to an nn.LSTM: by attribute, by a part of a class's name, by a class's name."""
+    module = place.make(rnn_cell)
+    for inner in module.modules():
+        name = type(inner).__name__
+        assert isinstance(getattr(inner, "weight", torch.empty(0)), Tensor), name
+        assert name not in ("LSTM", "GRU", "RNN")
+        assert not any(word in name for word in ("Linear", "Conv", "Norm", "Embedding", "Dropout")), name
+        assert inner is module or isinstance(inner, RIMCell) or not hasattr(inner, "dropout"), name
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning", "ignore:torch.quantize_per_tensor")

@@ -1190,6 +1190,19 @@ def deep_copy(rnn: Rnn) -> Any:
     return other(x)
 
 
+def test_a_copy_of_a_compiled_layer_is_one_of_its_own() -> None:
+    """After `rnn.compile()`, in which nn.LSTM's copy goes on with the weights of the first (torch 2.13)."""
+    rnn, x = RIM(F, H), torch.randn(T, N, F)
+    rnn.compile(backend="eager")
+    other, again = copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn))
+    assert_close(again(x), rnn(x))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other(x)[0].any()
+    assert rnn(x)[0].any()
+
+
 @layer_row
 def shallow_copy(rnn: Rnn) -> Any:
     module, x = rnn(F, H), torch.randn(T, N, F)

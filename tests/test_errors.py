@@ -241,3 +241,15 @@ def test_no_parameter_is_drawn_before_every_argument_is_checked() -> None:
     with pytest.raises(ValueError, match="comm_dropout"):
         RIM(4, 12, comm_dropout=3)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", [RIM, RIMCell])
+def test_numbers_that_no_step_can_compare_are_refused(kind: type[Any]) -> None:
+    """Complex ones have no order, so that no bid could win; nn.LSTM takes them. Nor does torch's take sparse ones."""
+    x = torch.randn(3, 4)
+    with pytest.raises(
+        RuntimeError, match=r"input should be strided and of real numbers, got torch\.strided and torch\.complex64"
+    ):
+        kind(4, 12, dtype=torch.complex64)(x.to(torch.complex64))
+    with pytest.raises(RuntimeError, match=r"input should be strided and of real numbers, got torch\.sparse_coo"):
+        kind(4, 12)(x.to_sparse())

@@ -186,6 +186,14 @@ def test_an_exception_ends_the_recording() -> None:
     assert records == []
 
 
+def test_what_vmap_would_take_away_is_refused() -> None:
+    rnn = layer()
+    with record(rnn) as records, pytest.raises(RuntimeError, match=r"does not see into torch\.func\.vmap"):
+        torch.func.vmap(rnn)(torch.randn(2, 5, 3, 3))
+    assert records == []
+    rnn(torch.randn(5, 3, 3))
+
+
 def test_recordings_can_be_nested_and_know_only_their_own_layer() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -10,7 +10,7 @@ from rim_rnn.dynamics import State, keep_losers
 from rim_rnn.input_attention import compete
 from rim_rnn.recording import Trace
 from rim_rnn.step import Projected
-from rim_rnn.units import UnitLinear
+from rim_rnn.units import UnitProjection
 
 
 class ShowsUpdates(RIMCell[Any]):
@@ -32,9 +32,9 @@ class ShowsUpdates(RIMCell[Any]):
 class GatedOutput(nn.Module):
     """``sigmoid(gate) * tanh(message)`` for what a unit hears: so does the authors' released code."""
 
-    def __init__(self, output: UnitLinear) -> None:
+    def __init__(self, output: UnitProjection) -> None:
         super().__init__()
-        self.message, self.gate = output, UnitLinear(*output.weight.shape, bias=True)
+        self.message, self.gate = output, UnitProjection(*output.weight.shape, bias=True)
 
     def forward(self, context: Tensor) -> Tensor:
         return torch.sigmoid(self.gate(context)) * torch.tanh(self.message(context))

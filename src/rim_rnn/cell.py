@@ -147,12 +147,12 @@ class RIMCell(Step, Generic[StateT]):
     value_size_input: int = property(attrgetter("input_attention.value_size"))  # type: ignore[assignment]
     query_size_input: int = property(attrgetter("input_attention.key_size"))  # type: ignore[assignment]
     num_input_heads: int = property(attrgetter("input_attention.num_heads"))  # type: ignore[assignment]
-    input_dropout: float = property(attrgetter("input_attention.dropout"))  # type: ignore[assignment]
+    input_dropout: float = property(attrgetter("input_attention.dropout_probability"))  # type: ignore[assignment]
     key_size_comm: int = property(attrgetter("communication.key_size"))  # type: ignore[assignment]
     value_size_comm: int = property(attrgetter("communication.value_size"))  # type: ignore[assignment]
     query_size_comm: int = property(attrgetter("communication.key_size"))  # type: ignore[assignment]
     num_comm_heads: int = property(attrgetter("communication.num_heads"))  # type: ignore[assignment]
-    comm_dropout: float = property(attrgetter("communication.dropout"))  # type: ignore[assignment]
+    comm_dropout: float = property(attrgetter("communication.dropout_probability"))  # type: ignore[assignment]
     comm_bounded: bool = property(attrgetter("communication.bounded"))  # type: ignore[assignment]
 
     @overload
@@ -290,15 +290,15 @@ class RIMCell(Step, Generic[StateT]):
         return does_more(self) or is_any_hooked()
 
     def call_over_time(
-        self, input: Tensor, state: State, batch_sizes: list[int] | None, reverse: bool, record: bool
+        self, module: nn.Module, input: Tensor, state: State, batch_sizes: list[int] | None, reverse: bool, record: bool
     ) -> tuple[Tensor, State, list[Trace]]:
-        """:meth:`scan` by calls of the cell itself."""
+        """:meth:`scan` by calls of the cell itself, or of the ``module`` that it is wrapped in."""
         sizes = [input.size(1)] * input.size(0) if batch_sizes is None else batch_sizes
         rows = torch.split(input.reshape(-1, input.size(-1)), sizes)
 
         def advance(t: int, now: State) -> State:
             state: Any = tuple(unite(s) for s in now)
-            state = self(rows[t], state if self.rnn_cell == "LSTM" else state[0])
+            state = module(rows[t], state if self.rnn_cell == "LSTM" else state[0])
             return tuple(divide(s, self.num_units) for s in (state if self.rnn_cell == "LSTM" else (state,)))
 
         if record:

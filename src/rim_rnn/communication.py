@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rim_rnn.units import UnitLinear, draw_dropout
+from rim_rnn.units import UnitProjection, draw_dropout
 
 
 class Communication(nn.Module):
@@ -22,9 +22,9 @@ class Communication(nn.Module):
     ``num_heads=0`` there are no parameters, and the states pass unchanged: the paper's ablation.
 
     Attributes:
-        query, key: :class:`UnitLinear` with weight ``(n, p, heads*key_size)``, no bias.
-        value: :class:`UnitLinear` with weight ``(n, p, heads*value_size)``, no bias.
-        output: :class:`UnitLinear` with weight ``(n, heads*value_size, p)``, no bias.
+        query, key: :class:`UnitProjection` with weight ``(n, p, heads*key_size)``, no bias.
+        value: :class:`UnitProjection` with weight ``(n, p, heads*value_size)``, no bias.
+        output: :class:`UnitProjection` with weight ``(n, heads*value_size, p)``, no bias.
     """
 
     def __init__(
@@ -41,20 +41,21 @@ class Communication(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.key_size, self.value_size, self.dropout = num_heads, key_size, value_size, dropout
+        self.num_heads, self.key_size, self.value_size = num_heads, key_size, value_size
+        self.dropout_probability = dropout
         self.num_units, self.bounded, self.rnn_cell = num_units, bounded, rnn_cell
         if num_heads:
-            self.query = UnitLinear(num_units, unit_size, num_heads * key_size, device=device, dtype=dtype)
-            self.key = UnitLinear(num_units, unit_size, num_heads * key_size, device=device, dtype=dtype)
-            self.value = UnitLinear(num_units, unit_size, num_heads * value_size, device=device, dtype=dtype)
-            self.output = UnitLinear(num_units, num_heads * value_size, unit_size, device=device, dtype=dtype)
+            self.query = UnitProjection(num_units, unit_size, num_heads * key_size, device=device, dtype=dtype)
+            self.key = UnitProjection(num_units, unit_size, num_heads * key_size, device=device, dtype=dtype)
+            self.value = UnitProjection(num_units, unit_size, num_heads * value_size, device=device, dtype=dtype)
+            self.output = UnitProjection(num_units, num_heads * value_size, unit_size, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         if self.num_heads:
             for projection in (self.query, self.key, self.value, self.output):
                 projection.reset_parameters()
 
-    def weight(self) -> Tensor | None:
+    def stacked_weights(self) -> Tensor | None:
         """``[W^q / sqrt(d) | W^k | W^v]`` of one head after the other, so that one product makes all; once for all steps."""
         if not self.num_heads:
             return None
@@ -65,9 +66,9 @@ class Communication(nn.Module):
 
     def draw(self, x: Tensor) -> Tensor | None:
         """Dropout on the probabilities, ``(M, heads, n, n)``: a draw per row, head, reader and unit that is read."""
-        if not (self.dropout and self.num_heads):
+        if not (self.dropout_probability and self.num_heads):
             return None
-        return draw_dropout(self.dropout, x, self.num_heads, self.num_units, self.num_units)
+        return draw_dropout(self.dropout_probability, x, self.num_heads, self.num_units, self.num_units)
 
     def forward(
         self, h: Tensor, active: Tensor, weight: Tensor | None = None, keep: Tensor | None = None
@@ -77,7 +78,7 @@ class Communication(nn.Module):
         Args:
             h: ``h~`` of every unit, ``(n, N, p)``.
             active: The winners, ``(n, N)``.
-            weight: What :meth:`weight` returns, where that was computed for all steps at once.
+            weight: What :meth:`stacked_weights` returns, where that was computed for all steps at once.
             keep: What :meth:`draw` returns, for these rows.
 
         Returns:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rim_rnn.units import SharedLinear, uniform_
+from rim_rnn.units import SharedProjection, uniform_
 
 State = tuple[Tensor, ...]
 """``(h, c)`` for LSTM, ``(h,)`` for GRU."""
@@ -57,7 +57,7 @@ class Dynamics(nn.Module, abc.ABC):
     def reset_parameters(self) -> None:
         uniform_(self.unit_size, *self.parameters())
 
-    def project(self, x: Tensor, value: SharedLinear) -> Tensor:
+    def project(self, x: Tensor, value: SharedProjection) -> Tensor:
         """``(x W^v + b^v) W_ih`` of all units, multiplied in the cheaper order: ``(M, input_size)`` -> ``(H, M, n, G*u)``.
 
         A read is a scalar times a projection of ``x``, so its part of the gates is that scalar times this.
@@ -114,7 +114,7 @@ def keep_losers(active: Tensor, new: State, old: State) -> State:
     return tuple(torch.where(active.unsqueeze(-1), after, before) for after, before in zip(new, old, strict=True))
 
 
-class LSTM(Dynamics):
+class LSTMDynamics(Dynamics):
     r"""The LSTM of :class:`torch.nn.LSTM`, one per unit; with projections :math:`h' = (o \odot \tanh c') W_{hr}`."""
 
     num_gates = 4
@@ -131,7 +131,7 @@ class LSTM(Dynamics):
         return (torch.bmm(h, self.weight_hr) if hasattr(self, "weight_hr") else h), c
 
 
-class GRU(Dynamics):
+class GRUDynamics(Dynamics):
     r"""The GRU of :class:`torch.nn.GRU`, one per unit."""
 
     num_gates = 3

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rim_rnn.units import SharedLinear, UnitLinear, autocast_dtype, draw_dropout, is_exporting
+from rim_rnn.units import SharedProjection, UnitProjection, autocast_dtype, draw_dropout, is_exporting
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -26,9 +26,9 @@ class InputAttention(nn.Module):
     score, and the read is the scalar ``a_input`` times the value (equation 2 of the paper, appendix A for the null row).
 
     Attributes:
-        query: :class:`UnitLinear` with weight ``(n, p, H*key_size)`` and bias ``(n, H*key_size)``.
-        key: :class:`SharedLinear` with weight ``(H*key_size, input_size)``, shared by the units as in the paper.
-        value: :class:`SharedLinear` with weight ``(H*value_size, input_size)``, shared too, its weight drawn twice as large.
+        query: :class:`UnitProjection` with weight ``(n, p, H*key_size)`` and bias ``(n, H*key_size)``.
+        key: :class:`SharedProjection` with weight ``(H*key_size, input_size)``, shared by the units as in the paper.
+        value: :class:`SharedProjection` with weight ``(H*value_size, input_size)``, shared too; drawn twice as large.
     """
 
     def __init__(
@@ -45,12 +45,13 @@ class InputAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.key_size, self.value_size, self.dropout = num_heads, key_size, value_size, dropout
+        self.num_heads, self.key_size, self.value_size = num_heads, key_size, value_size
+        self.dropout_probability = dropout
         self.num_units = num_units
-        self.query = UnitLinear(num_units, unit_size, num_heads * key_size, bias, device, dtype)
-        self.key = SharedLinear(input_size, num_heads * key_size, bias, device, dtype)
+        self.query = UnitProjection(num_units, unit_size, num_heads * key_size, bias, device, dtype)
+        self.key = SharedProjection(input_size, num_heads * key_size, bias, device, dtype)
         # A unit that knows nothing of the input takes half of the value: a read of x W^v begins as large as nn.Linear's.
-        self.value = SharedLinear(input_size, num_heads * value_size, bias, device, dtype, gain=2.0)
+        self.value = SharedProjection(input_size, num_heads * value_size, bias, device, dtype, gain=2.0)
 
     def reset_parameters(self) -> None:
         for projection in (self.query, self.key, self.value):
@@ -92,7 +93,7 @@ class InputAttention(nn.Module):
     def _wide(self, projection: nn.Module, x: Tensor) -> Tensor:
         """What the projection makes of ``x`` in at least float32; another's in the place of ours is given ``x`` as it is."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        ours = isinstance(projection, UnitLinear | SharedLinear)
+        ours = isinstance(projection, UnitProjection | SharedProjection)
         projected: Tensor = projection(x.to(wide) if ours else x)
         return projected.to(wide)
 
@@ -102,9 +103,9 @@ class InputAttention(nn.Module):
 
     def draw(self, x: Tensor) -> Tensor | None:
         """Dropout on the probabilities, ``(M, n, H)``: a draw per row, unit and head. (The null row's would scale a zero.)"""
-        if not self.dropout:
+        if not self.dropout_probability:
             return None
-        return draw_dropout(self.dropout, x, self.num_units, self.num_heads)
+        return draw_dropout(self.dropout_probability, x, self.num_units, self.num_heads)
 
     def drop(self, a_input: Tensor, keep: Tensor | None) -> Tensor:
         """``a_input`` ``(n, N, H)`` after dropout: times what :meth:`draw` returned for these rows."""

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
@@ -30,6 +29,21 @@ from rim_rnn.units import (
     plain_int,
     refuse_to_script,
 )
+
+
+def cell_in(module: nn.Module) -> RIMCell[Any]:
+    """The cell itself, where it may be wrapped in another module."""
+    if isinstance(module, RIMCell):
+        return module
+    cell = next((inner for inner in module.modules() if isinstance(inner, RIMCell)), None)
+    if cell is None:
+        raise TypeError(f"each of a RIM's cells should be a RIMCell, or hold one, got: {type(module).__name__}")
+    return cell
+
+
+def of_cells(name: str) -> Any:
+    """A property that is the cells' own, all of which are alike."""
+    return property(lambda self: getattr(self._cells()[0], name))
 
 
 class RIM(nn.Module, Generic[StateT]):
@@ -141,20 +155,20 @@ class RIM(nn.Module, Generic[StateT]):
 
     _recorders: Sequence[list[Record]] = ()
 
-    num_units: int = property(attrgetter("cells.0.num_units"))  # type: ignore[assignment]
-    k: int = property(attrgetter("cells.0.k"))  # type: ignore[assignment]
-    rnn_cell: str = property(attrgetter("cells.0.rnn_cell"))  # type: ignore[assignment]
-    key_size_input: int = property(attrgetter("cells.0.key_size_input"))  # type: ignore[assignment]
-    value_size_input: int = property(attrgetter("cells.0.value_size_input"))  # type: ignore[assignment]
-    query_size_input: int = property(attrgetter("cells.0.query_size_input"))  # type: ignore[assignment]
-    num_input_heads: int = property(attrgetter("cells.0.num_input_heads"))  # type: ignore[assignment]
-    input_dropout: float = property(attrgetter("cells.0.input_dropout"))  # type: ignore[assignment]
-    key_size_comm: int = property(attrgetter("cells.0.key_size_comm"))  # type: ignore[assignment]
-    value_size_comm: int = property(attrgetter("cells.0.value_size_comm"))  # type: ignore[assignment]
-    query_size_comm: int = property(attrgetter("cells.0.query_size_comm"))  # type: ignore[assignment]
-    num_comm_heads: int = property(attrgetter("cells.0.num_comm_heads"))  # type: ignore[assignment]
-    comm_dropout: float = property(attrgetter("cells.0.comm_dropout"))  # type: ignore[assignment]
-    comm_bounded: bool = property(attrgetter("cells.0.comm_bounded"))  # type: ignore[assignment]
+    num_units: int = of_cells("num_units")
+    k: int = of_cells("k")
+    rnn_cell: str = of_cells("rnn_cell")
+    key_size_input: int = of_cells("key_size_input")
+    value_size_input: int = of_cells("value_size_input")
+    query_size_input: int = of_cells("query_size_input")
+    num_input_heads: int = of_cells("num_input_heads")
+    input_dropout: float = of_cells("input_dropout")
+    key_size_comm: int = of_cells("key_size_comm")
+    value_size_comm: int = of_cells("value_size_comm")
+    query_size_comm: int = of_cells("query_size_comm")
+    num_comm_heads: int = of_cells("num_comm_heads")
+    comm_dropout: float = of_cells("comm_dropout")
+    comm_bounded: bool = of_cells("comm_bounded")
 
     @overload
     def __init__(
@@ -297,7 +311,7 @@ class RIM(nn.Module, Generic[StateT]):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle made inside :func:`record` is not recorded."""
-        return {name: value for name, value in self.__dict__.items() if name != "_recorders"}
+        return {name: value for name, value in super().__getstate__().items() if name != "_recorders"}  # type: ignore[no-untyped-call]
 
     def path(self, input: Tensor | PackedSequence) -> str:
         """Which path a forward with this input takes, and why.
@@ -319,8 +333,13 @@ class RIM(nn.Module, Generic[StateT]):
         x = input.data if isinstance(input, PackedSequence) else input
         if autocast_dtype(x.device):
             x = x.to(cells[0].like(x).dtype)
-        for index, cell in enumerate(cells):
-            reason = f"cells.{index} has a hook or a forward of its own" if cell.is_called() else native.supports(cell, x, ())
+        for index, (cell, module) in enumerate(zip(cells, self.cells, strict=True)):
+            if module is not cell:
+                reason: str | None = f"cells.{index} is a {type(module).__name__}"
+            elif cell.is_called():
+                reason = f"cells.{index} has a hook or a forward of its own"
+            else:
+                reason = native.supports(cell, x, ())
             if reason is not None:
                 return f"readable: {reason}"
         return "native"
@@ -328,8 +347,8 @@ class RIM(nn.Module, Generic[StateT]):
     __prepare_scriptable__ = refuse_to_script
 
     def _cells(self) -> list[RIMCell[Any]]:
-        cells: Any = self._modules["cells"]  # without a search, as RIMCell.stages
-        return [*cells]  # list(cells) would let Python collect garbage more often
+        modules: Any = self._modules["cells"]  # without a search, as RIMCell.stages
+        return [cell_in(module) for module in modules]  # list(...) would let Python collect garbage more often
 
     def _check_input(self, input: object, weight: Tensor) -> None:
         """What :class:`torch.nn.LSTM` demands of its input, in its words."""
@@ -413,14 +432,17 @@ class RIM(nn.Module, Generic[StateT]):
             if sorted_indices is not None:
                 state = tuple(s.index_select(1, sorted_indices) for s in state)
             first = [state] if alone else list(zip(*(s.unbind(0) for s in state), strict=True))
+        modules: Any = [*cast("nn.ModuleList", self._modules["cells"])]
         last: list[State] = []
         traces = []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(self.num_directions):
                 index = layer * self.num_directions + direction
-                run = cells[index].call_over_time if cells[index].is_called() else cells[index].run
-                output, final, trace = run(x, first[index], sizes, direction == 1, bool(self._recorders))
+                cell, module = cells[index], modules[index]
+                arguments = x, first[index], sizes, direction == 1, bool(self._recorders)
+                called = module is not cell or cell.is_called()
+                output, final, trace = cell.call_over_time(module, *arguments) if called else cell.run(*arguments)
                 outputs.append(output)
                 last.append(final)
                 traces.append(trace)

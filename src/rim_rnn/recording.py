@@ -53,6 +53,8 @@ def record(rnn: nn.Module) -> Iterator[list[Record]]:
 
     Raises:
         TypeError: ``rnn`` is not a :class:`~rim_rnn.RIM`.
+        RuntimeError: In a forward inside: one under :func:`torch.func.vmap`, or through a cell whose own ``forward`` does not
+            go through that of :class:`~rim_rnn.RIMCell`.
 
     Example:
         >>> import torch
@@ -81,6 +83,8 @@ def record(rnn: nn.Module) -> Iterator[list[Record]]:
 
 def assemble(traces: list[list[Trace]], unsorted_indices: Tensor | None, batched: bool) -> Record:
     """One :class:`Record` from the steps of each cell, in the input's order of time."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(traces[0][0].active):
+        raise RuntimeError("record() does not see into torch.func.vmap: what is recorded there ends with it")
     batch = max(step.active.size(1) for step in traces[0])
 
     def padded(values: list[list[Tensor]]) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from rim_rnn.communication import Communication
-from rim_rnn.dynamics import GRU, LSTM, Dynamics, State, keep_losers
+from rim_rnn.dynamics import Dynamics, GRUDynamics, LSTMDynamics, State, keep_losers
 from rim_rnn.input_attention import InputAttention, compete
 from rim_rnn.recording import Trace
-from rim_rnn.units import SharedLinear, UnitLinear, divide, unite
+from rim_rnn.units import SharedProjection, UnitProjection, divide, unite
 
 Keep = tuple[Tensor | None, Tensor | None]
 """What dropout drew for the input attention, ``(M, n, H)``, and for the communication, ``(M, heads, n, n)``."""
@@ -30,7 +30,7 @@ class Projected(NamedTuple):
     gates: Tensor | None  # (H, M, n, G*u): (x W^v + b^v) W_ih
     keep_input: Tensor | None  # (M, n, H)
     keep_comm: Tensor | None  # (M, heads, n, n)
-    comm_weight: Tensor | None  # of all steps: Communication.weight
+    comm_weight: Tensor | None  # of all steps: Communication.stacked_weights
 
     def split(self, sizes: list[int]) -> list["Projected"]:
         """The rows of each step, of which there are ``sizes``."""
@@ -77,7 +77,7 @@ class Step(nn.Module):
         self.input_attention = InputAttention(
             input_size, num_units, p, num_input_heads, key_size_input, value_size_input, input_dropout, bias, device, dtype
         )
-        self.dynamics = (LSTM if rnn_cell == "LSTM" else GRU)(
+        self.dynamics = (LSTMDynamics if rnn_cell == "LSTM" else GRUDynamics)(
             num_units, u, num_input_heads, value_size_input, proj_size // num_units, bias, device, dtype
         )
         self.communication = Communication(
@@ -105,7 +105,7 @@ class Step(nn.Module):
             return Projected(x, None, None, *keep, None)
         input_attention, dynamics, communication = self.stages()
         gates = dynamics.project(x, input_attention.value)
-        return Projected(x, input_attention.project(x), gates, *keep, communication.weight())
+        return Projected(x, input_attention.project(x), gates, *keep, communication.stacked_weights())
 
     def step(self, projected: Projected, state: State) -> tuple[State, Trace]:
         """One step of section 2, on unit-major states ``(n, N, ...)``."""
@@ -207,12 +207,12 @@ def over_time(
 
 MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "input_attention": (InputAttention,),
-    "input_attention.query": (UnitLinear,),
-    "input_attention.key": (SharedLinear,),
-    "input_attention.value": (SharedLinear,),
-    "dynamics": (LSTM, GRU),
+    "input_attention.query": (UnitProjection,),
+    "input_attention.key": (SharedProjection,),
+    "input_attention.value": (SharedProjection,),
+    "dynamics": (LSTMDynamics, GRUDynamics),
     "communication": (Communication,),
-    **{f"communication.{part}": (UnitLinear,) for part in ("query", "key", "value", "output")},
+    **{f"communication.{part}": (UnitProjection,) for part in ("query", "key", "value", "output")},
 }
 """A cell's modules and what they have to be. Those of the communication come last: without heads it has none."""
 
@@ -221,7 +221,7 @@ KINDS = {kinds[:length] for kinds in product(*MODULES.values()) for length in (l
 
 METHODS = frozenset(
     name
-    for kind in (Step, InputAttention, Dynamics, Communication, UnitLinear)
+    for kind in (Step, InputAttention, Dynamics, Communication, UnitProjection)
     for name, value in vars(kind).items()
     if callable(value)
 ) | {"forward"}
@@ -318,7 +318,7 @@ def asks_stages(cell: Step) -> bool:
     )
     if asked:
         _, dynamics, communication = cell.stages()
-        for stage, method in ((dynamics, "project"), (communication, "weight")):
+        for stage, method in ((dynamics, "project"), (communication, "stacked_weights")):
             if _is_own(stage, method):
                 raise RuntimeError(
                     f"a {method} of its own of a {type(stage).__name__} is for all steps at once, which a hook, a forward "

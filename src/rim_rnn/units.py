@@ -117,7 +117,7 @@ def is_exporting() -> bool:
 
 
 def check_alike(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
-    """``tensor`` in the parameters' dtype under autocast; elsewhere a ``RuntimeError`` if dtype or device differ."""
+    """``tensor`` in the parameters' dtype under autocast; else a ``RuntimeError`` if dtype or device differ, or do not do."""
     if tensor.device != weight.device:
         raise RuntimeError(
             f"Input and parameter tensors are not at the same device: {name} is at {tensor.device}, the parameters "
@@ -131,6 +131,8 @@ def check_alike(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
                 f"Convert it: {name}.to({weight.dtype}), or the model: model.to({tensor.dtype})"
             )
         tensor = tensor.to(weight.dtype)
+    if tensor.is_complex() or tensor.layout is not torch.strided:
+        raise RuntimeError(f"{name} should be strided and of real numbers, got {tensor.layout} and {tensor.dtype}")
     return tensor
 
 
@@ -198,7 +200,7 @@ def uniform_(fan_in: int, *parameters: Tensor | None, gain: float = 1.0) -> None
             nn.init.uniform_(parameter, -bound, bound)
 
 
-class UnitLinear(nn.Module):
+class UnitProjection(nn.Module):
     """One linear map per unit: ``x[j] @ weight[j] + bias[j]`` for ``x`` of shape ``(n, N, in_features)``.
 
     Attributes:
@@ -237,7 +239,7 @@ class UnitLinear(nn.Module):
         return f"{num_units}, {in_features}, {out_features}" + ("" if self.bias is None else ", bias=True")
 
 
-class SharedLinear(nn.Module):
+class SharedProjection(nn.Module):
     """One linear map that all units share: ``x @ weight.T + bias`` for ``x`` of shape ``(..., in_features)``.
 
     No :class:`torch.nn.Linear`, for what such a layer is replaced with (quantised, adapted, sharded) expects to be called, and
