@@ -119,7 +119,7 @@ class RIMCell(Step, Generic[StateT]):
             ``H`` input heads and units of output size ``p``. A bias has its weight's shape without the dimension before the
             last (``query``) or the last one. Drawn from :math:`\mathcal{U}(\pm 1/\sqrt{\mathrm{fan\_in}})`, ``value.weight``
             from twice that range: a unit begins by taking half of a value, so that what it reads is then as large as what an
-            :class:`torch.nn.Linear` gives.
+            ``nn.Linear`` gives.
         dynamics: ``weight_ih`` ``(n, H*value_size_input, G*u)``, ``weight_hh`` ``(n, p, G*u)``, ``bias_ih`` and ``bias_hh``
             ``(n, G*u)``, ``weight_hr`` ``(n, u, p)`` with projections; ``G`` is 4 for LSTM and 3 for GRU, ``u`` is
             ``hidden_size // n``. Drawn from :math:`\mathcal{U}(\pm 1/\sqrt{u})`.

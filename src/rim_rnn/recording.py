@@ -53,7 +53,7 @@ def record(rnn: nn.Module) -> Iterator[list[Record]]:
 
     Raises:
         TypeError: ``rnn`` is not a :class:`~rim_rnn.RIM`.
-        RuntimeError: In a forward inside: one under :func:`torch.func.vmap`, or through a cell whose own ``forward`` does not
+        RuntimeError: In a forward inside: one under ``torch.func.vmap``, or through a cell whose own ``forward`` does not
             go through that of :class:`~rim_rnn.RIMCell`.
 
     Example:
