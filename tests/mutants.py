@@ -291,7 +291,9 @@ MUTANTS = [
         "state = tuple(s.index_select(1, unsorted_indices) for s in state)",
         "pass",
     ),
-    Mutant("every cell starts from the first cell's state", LAYER, "(x, first[index], ", "(x, first[0], "),
+    Mutant(
+        "every cell starts from the first cell's state", LAYER, "arguments = x, first[index], ", "arguments = x, first[0], "
+    ),
     Mutant("directions in the wrong order", LAYER, "torch.cat(outputs, dim=-1)", "torch.cat(outputs[::-1], dim=-1)"),
     # Records
     Mutant(
