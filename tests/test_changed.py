@@ -370,7 +370,7 @@ def test_a_forward_on_an_instance(path: str, place: Place, rnn_cell: str) -> Non
 METHODS = ("step", "scan", "project", "draw")
 METHODS += tuple(f"input_attention.{name}" for name in ("project", "bid", "attend", "drop", "draw"))
 METHODS += tuple(f"dynamics.{name}" for name in ("project", "read", "read_bias", "update"))
-METHODS += tuple(f"communication.{name}" for name in ("weight", "draw"))
+METHODS += tuple(f"communication.{name}" for name in ("stacked_weights", "draw"))
 
 
 def halve(result: Any) -> Any:
