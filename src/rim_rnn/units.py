@@ -117,7 +117,7 @@ def is_exporting() -> bool:
 
 
 def check_alike(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
-    """``tensor`` in the parameters' dtype under autocast; else a ``RuntimeError`` if dtype or device differ, or do not do."""
+    """``tensor`` in the parameters' dtype under autocast; else a ``RuntimeError`` if dtype, device or layout do not fit."""
     if tensor.device != weight.device:
         raise RuntimeError(
             f"Input and parameter tensors are not at the same device: {name} is at {tensor.device}, the parameters "
