@@ -2,7 +2,8 @@
 
 `input_attention.value.weight` is drawn from uniform(-s/sqrt(input_size), s/sqrt(input_size)) for several s. Two
 tasks that have little in common: characters of this package's own source in order, with the state carried on, and the digits
-that ship with the examples, four pixels per step. Some two hours on one core; what is in the file is not run again.
+that ship with the examples, four pixels per step. A run
+for each core at a time; what is in the file is not run again.
 """
 
 import json
@@ -10,6 +11,9 @@ import math
 import platform
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +26,11 @@ from rim_rnn import RIM
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 LOG = HERE / "initialisation.json"
-sys.path.append(str(ROOT / "examples" / "study"))
+sys.path += [str(ROOT / "examples"), str(ROOT / "examples" / "study")]
 
-SCALES = (1, 2, 3, 4)
-RUNS = [
-    (task, scale, seed)
-    for task, seeds in (("text, LSTM units", 3), ("text, GRU units", 3), ("digits", 5))
-    for seed in range(seeds)
-    for scale in SCALES
-]
+SCALES = (1, 2, 4)
+TASKS = ("text, LSTM units", "text, GRU units", "digits")
+RUNS = [(task, scale, seed) for seed in range(3) for task in TASKS for scale in SCALES]
 
 
 def draw(rnn: RIM[Any], scale: float) -> None:
@@ -93,25 +93,33 @@ def digits(scale: float) -> dict[str, float]:
     return results
 
 
-def main() -> None:
+def one(task: str, scale: float, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=HERE, text=True).strip()
-    about = {
-        "commit": commit,
+    torch.manual_seed(seed)
+    result = digits(scale) if task == "digits" else text(task[6:].split()[0], scale)
+    return {"task": task, "scale": scale, "seed": seed, **result}
+
+
+def main() -> None:
+    from common import cpu
+
+    where = {
+        "command": "python docs/initialisation.py",
+        "commit": subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=HERE, text=True).strip(),
+        "date": f"{date.today()}",
+        "cpu": cpu(),
+        "system": platform.system(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "system": platform.platform(),
     }
     runs = json.loads(LOG.read_text()) if LOG.exists() else []
     done = {(run["task"], run["scale"], run["seed"]) for run in runs}
-    for task, scale, seed in RUNS:
-        if (task, scale, seed) in done:
-            continue
-        torch.manual_seed(seed)
-        result = digits(scale) if task == "digits" else text(task[6:].split()[0], scale)
-        runs.append({"task": task, "scale": scale, "seed": seed, **result, **about})
-        LOG.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
-        print(runs[-1], flush=True)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for run in as_completed([pool.submit(one, *run) for run in RUNS if run not in done]):
+            runs.append(run.result() | where)
+            print(runs[-1], flush=True)
+            runs.sort(key=lambda run: RUNS.index((run["task"], run["scale"], run["seed"])))
+            LOG.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of two pages, counted from tests/ and read from the logs in tests/results/ whenever the pages are built."""
+"""The tables of some pages, counted from tests/ and read from logs, whenever the pages are built."""
 
 import ast
 import importlib.util
@@ -6,10 +6,11 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 TESTS = Path(__file__).parent.parent / "tests"
-PAGES = ("compatibility", "reliability")
+PAGES = ("compatibility", "how_a_step_works", "reliability")
 OUTCOMES = ("equal", "refused", "stricter", "near tie", "failed")
 
 
@@ -111,6 +112,25 @@ def matrix() -> str:
     return f"{table(header, rows)}\n\n`python tests/matrix.py`, {' and '.join(dates)}, commit {' and '.join(commits)}, {where}."
 
 
+def first_weights() -> str:
+    """Mean and standard deviation over seeds, for each range of the first values and each measure."""
+    runs = json.loads((Path(__file__).parent / "initialisation.json").read_text(encoding="utf-8"))
+    scales = sorted({run["scale"] for run in runs})
+    measured = [("loss", "text, LSTM units", "loss", 1.0, 3), ("loss", "text, GRU units", "loss", 1.0, 3)]
+    measured += [(f"digits at {size}, %", "digits", size, 100.0, 1) for size in ("14x14", "16x16", "19x19", "24x24")]
+    rows: list[list[object]] = []
+    for name, task, measure, unit, digits in measured:
+        row: list[object] = [f"{task}: {name}" if name == "loss" else name]
+        for scale in scales:
+            found = [unit * run[measure] for run in runs if (run["task"], run["scale"]) == (task, scale)]
+            row.append(f"{mean(found):.{digits}f} ± {stdev(found):.{digits}f}")
+        rows.append(row)
+    seeds = ", ".join(sorted({str(run["seed"]) for run in runs}))
+    cpus, commits = (" and ".join(sorted({run[what] for run in runs})) for what in ("cpu", "commit"))
+    end = f"`{runs[0]['command']}`, seeds {seeds}, {runs[0]['date']}, commit {commits}, torch {runs[0]['torch']}, {cpus}."
+    return f"{table(['', *(f'times {scale}' for scale in scales)], rows)}\n\n{end}"
+
+
 def origin(log: dict[str, Any]) -> str:
     """Of what and where a log is."""
     took = f", {log['seconds']:,.0f} s" if "seconds" in log else ""
@@ -120,7 +140,9 @@ def origin(log: dict[str, Any]) -> str:
     )
 
 
-TABLES = {f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, hostile, sanitized, soak, matrix)}
+TABLES = {
+    f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, hostile, sanitized, soak, matrix, first_weights)
+}
 
 
 def fill(text: str) -> str:
