@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 TESTS = Path(__file__).parent.parent / "tests"
+PACKAGE = TESTS.parent / "src" / "rim_rnn"
 PAGES = ("compatibility", "how_a_step_works", "reliability")
 OUTCOMES = ("equal", "refused", "stricter", "near tie", "failed")
 
@@ -147,7 +148,8 @@ TABLES = {
 
 def fill(text: str) -> str:
     """The page with its tables; an error if it names a file that is not there."""
-    missing = [name for name in re.findall(r"`(?:tests/)?(\w+\.(?:py|sh))`", text) if not (TESTS / name).exists()]
+    names = re.findall(r"`(?:tests/)?(\w+\.(?:py|sh))`", text)
+    missing = [name for name in names if not any((folder / name).exists() for folder in (TESTS, PACKAGE))]
     if missing:
         raise FileNotFoundError(f"a page names {', '.join(missing)}")
     for place, make in TABLES.items():
