@@ -2,8 +2,8 @@
 
 `input_attention.value.weight` is drawn from uniform(-s/sqrt(input_size), s/sqrt(input_size)) for several s. Two
 tasks that have little in common: characters of this package's own source in order, with the state carried on, and the digits
-that ship with the examples, four pixels per step. A run
-for each core at a time; what is in the file is not run again.
+that ship with the examples, four pixels per step. As many runs
+at once as there are cores; what is in the file is not run again.
 """
 
 import json
