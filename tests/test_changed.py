@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -585,18 +585,28 @@ PARAMETERS = [name for name, _ in RIMCell(3, 8, **SIZES).named_parameters()]
 
 
 class Negative(nn.Module):
+    calls = 0
+
     def forward(self, weight: Tensor) -> Tensor:
+        self.calls += 1
         return -weight
+
+
+class DropConnect(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        self.drawn = nn.functional.dropout(weight, 0.5)
+        return self.drawn
 
 
 @places
 @units
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_parameter_that_others_tell(name: str, place: Place, rnn_cell: str) -> None:
-    """A parametrisation and a mask of prune, against the parameter that they give."""
+    """A parametrisation, computed once for all steps, and a mask of prune, against the parameter that they give."""
     path, _, last = name.rpartition(".")
     parametrised, pruned = place.make(rnn_cell), place.make(rnn_cell)
-    parametrize.register_parametrization(at(parametrised, path), last, Negative())
+    negative = Negative()
+    parametrize.register_parametrization(at(parametrised, path), last, negative)
     weight = getattr(at(pruned, path), last)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)).gt(0.3).to(weight.dtype)
     prune.custom_from_mask(at(pruned, path), last, mask)
@@ -608,6 +618,40 @@ def test_a_parameter_that_others_tell(name: str, place: Place, rnn_cell: str) ->
         assert_same(run(module, *inputs), run(plain, *inputs))
         assert differ(run(module, *inputs), run(place.make(rnn_cell), *inputs))
         assert reason(place, module) != "native"
+    negative.calls = 0
+    run(parametrised, *inputs)
+    assert negative.calls == 1
+
+
+@layers
+@units
+@pytest.mark.parametrize("how", ["eager", "recorded", "compiled"])
+def test_what_a_parametrisation_draws_is_drawn_once(how: str, place: Place, rnn_cell: str) -> None:
+    """Connections dropped, as regularised LSTMs have it: the same ones at every step."""
+    module, plain = place.make(rnn_cell), place.make(rnn_cell)
+    drop = DropConnect()
+    parametrize.register_parametrization(module.cells[0].dynamics, "weight_hh", drop)
+    with record(module) if how == "recorded" else nullcontext():
+        found = (torch.compile(run, backend="eager", fullgraph=True) if how == "compiled" else run)(
+            module, *place.inputs(module)
+        )
+    with torch.no_grad():
+        plain.cells[0].dynamics.weight_hh.copy_(drop.drawn)
+    assert_same(found, run(plain, *place.inputs(plain)))
+
+
+@places
+@inner_modules
+def test_a_module_around_another_hides_no_more_than_it_has_to(place: Place, path: str) -> None:
+    """What the layer prints, and new parameters for what is inside."""
+    module, plain = place.make(), place.make()
+    parent, _, name = path.rpartition(".")
+    setattr(at(module, parent), name, nn.Sequential(at(module, path)))
+    assert type(module).__name__ in repr(module)
+    for one in (module, plain):
+        torch.manual_seed(0)
+        one.reset_parameters()
+    assert_identical([*module.parameters()], [*plain.parameters()])
 
 
 @places

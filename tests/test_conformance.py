@@ -411,6 +411,16 @@ def in_place_dropout_on_the_output(rnn: Rnn) -> Any:
 
 
 @layer_row
+def in_place_residual(rnn: Rnn) -> Any:
+    """The input changed before backward: what was saved of a batch that comes first is a copy."""
+    embed, module = nn.Linear(F, H), rnn(H, H, batch_first=True)
+    x = embed(torch.randn(N, T, F))
+    x += module(x)[0]
+    x.sum().backward()
+    return x, embed.weight.grad
+
+
+@layer_row
 def in_place_mask_on_the_states(rnn: Rnn) -> Any:
     module, done = rnn(F, H), torch.tensor([1.0, 0.0, 1.0]).view(1, N, 1)
     _, state = module(torch.randn(T, N, F))

@@ -113,6 +113,7 @@ X, H0 = torch.zeros(5, 3, 4), torch.zeros(1, 3, 12)
 
 CALLS: list[tuple[str, Any, type[Exception], str]] = [
     ("a list", lambda: RIM(4, 12)([1.0]), TypeError, "Expected input to be a Tensor or a PackedSequence, got: list"),  # type: ignore
+    ("path of a list", lambda: RIM(4, 12).path([1.0]), TypeError, "a Tensor or a PackedSequence, got: list"),  # type: ignore
     ("4-D", lambda: RIM(4, 12)(X[None]), ValueError, "Expected input to be 2D or 3D, got 4D"),
     ("features", lambda: RIM(5, 12)(X), RuntimeError, "must be equal to input_size. Expected 5, got 4"),
     (

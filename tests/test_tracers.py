@@ -58,6 +58,26 @@ def test_fx_takes_it_as_a_leaf(kind: Any, rnn_cell: str, given: bool) -> None:
         assert_identical(of_graph, of_model)
 
 
+class OwnInput(WithStates):
+    """The states are given, the input is the model's."""
+
+    def __init__(self, kind: Any, rnn_cell: str) -> None:
+        super().__init__(kind, rnn_cell)
+        self.register_buffer("x", torch.randn(*((4, 2, 5) if kind is RIM else (2, 5))))
+
+    def forward(self, h: Any) -> Any:
+        return self.parts[0](self.x, h)
+
+
+@kinds
+@units
+def test_fx_takes_it_as_a_leaf_where_only_the_state_is_given(kind: Any, rnn_cell: str) -> None:
+    model = OwnInput(kind, rnn_cell)
+    state = torch.randn(*((1, 2, 8) if kind is RIM else (2, 8)))
+    hx = state if rnn_cell == "GRU" else (state, state)
+    assert_identical(*(torch.utils._pytree.tree_leaves(module(hx)) for module in (fx.symbolic_trace(model), model)))
+
+
 @kinds
 @units
 def test_fx_of_the_layer_itself(kind: Any, rnn_cell: str) -> None:

@@ -4,7 +4,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from typing_extensions import TypedDict, TypeVar, Unpack, override
 
 from rim_rnn import native, readable
@@ -26,6 +26,7 @@ from rim_rnn.units import (
     divide,
     leaf,
     refuse_to_script,
+    reset,
     unite,
 )
 
@@ -263,8 +264,7 @@ class RIMCell(Step, Generic[StateT]):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for stage in self.stages():
-            stage.reset_parameters()
+        reset(*self.stages())
 
     def run(
         self,
@@ -321,8 +321,11 @@ class RIMCell(Step, Generic[StateT]):
     def like(self, input: Tensor) -> Tensor:
         """A tensor of the parameters' dtype and device."""
         dynamics = self.stages()[1]
-        weight: Any = dynamics._parameters.get("weight_hh")
+        kept = dynamics._parameters
+        weight: Any = kept.get("weight_hh")
         if weight is None:  # it is computed from others, or was put elsewhere
+            weight = kept.get("weight_ih")
+        if weight is None:
             weight = getattr(dynamics, "weight_hh", None)
             weight = next(self.parameters()) if weight is None else weight
         if (
@@ -356,8 +359,8 @@ class RIMCell(Step, Generic[StateT]):
 
     def forward(self, input: Tensor, hx: StateT | list[Tensor] | None = None) -> StateT:
         """One step from the input and state described above."""
-        if isinstance(input, fx.Proxy):
-            return cast("StateT", leaf(self, input, hx))
+        if (call := leaf(self, input, hx)) is not None:
+            return cast("StateT", call)
         if not isinstance(input, Tensor):
             raise TypeError(f"RIMCell: Expected input to be a Tensor, got: {type(input).__name__}")
         if input.dim() not in (1, 2):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rim_rnn.units import UnitProjection, draw_dropout
+from rim_rnn.units import UnitProjection, draw_dropout, reset
 
 
 class Communication(nn.Module):
@@ -52,8 +52,7 @@ class Communication(nn.Module):
 
     def reset_parameters(self) -> None:
         if self.num_heads:
-            for projection in (self.query, self.key, self.value, self.output):
-                projection.reset_parameters()
+            reset(self.query, self.key, self.value, self.output)
 
     def stacked_weights(self) -> Tensor | None:
         """``[W^q / sqrt(d) | W^k | W^v]`` of one head after the other, so that one product makes all; once for all steps."""

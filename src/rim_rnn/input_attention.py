@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rim_rnn.units import SharedProjection, UnitProjection, autocast_dtype, draw_dropout, is_exporting
+from rim_rnn.units import SharedProjection, UnitProjection, autocast_dtype, draw_dropout, is_exporting, reset
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -54,8 +54,7 @@ class InputAttention(nn.Module):
         self.value = SharedProjection(input_size, num_heads * value_size, bias, device, dtype, gain=2.0)
 
     def reset_parameters(self) -> None:
-        for projection in (self.query, self.key, self.value):
-            projection.reset_parameters()
+        reset(self.query, self.key, self.value)
 
     def forward(
         self, h: Tensor, x: Tensor, key: Tensor | None = None, keep: Tensor | None = None

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack, override
@@ -128,7 +128,7 @@ class RIM(nn.Module, Generic[StateT]):
     Raises:
         TypeError: An argument, the input or a state is of the wrong type, or a lone tensor stands where ``(h_0, c_0)`` belongs.
         ValueError: A size, ``k``, a number of heads or a dropout is out of range; ``num_units`` does not divide; the input has
-            the wrong number of dimensions or the wrong dtype.
+            the wrong number of dimensions or, if it is not packed or the units are GRUs, the wrong dtype.
         RuntimeError: A size, batch, device or a state's dtype or number of dimensions does not match; the sequence is empty.
 
     Attributes:
@@ -331,6 +331,8 @@ class RIM(nn.Module, Generic[StateT]):
         """
         cells = self._cells()
         x = input.data if isinstance(input, PackedSequence) else input
+        if not isinstance(x, Tensor):
+            raise TypeError(f"RIM: Expected input to be a Tensor or a PackedSequence, got: {type(x).__name__}")
         if autocast_dtype(x.device):
             x = x.to(cells[0].like(x).dtype)
         for index, (cell, module) in enumerate(zip(cells, self.cells, strict=True)):
@@ -397,8 +399,8 @@ class RIM(nn.Module, Generic[StateT]):
         self, input: Tensor | PackedSequence, hx: StateT | list[Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, StateT]:
         """All steps of all layers and directions, on the inputs described above."""
-        if isinstance(input, fx.Proxy):
-            return cast("tuple[Tensor, StateT]", leaf(self, input, hx))
+        if (call := leaf(self, input, hx)) is not None:
+            return cast("tuple[Tensor, StateT]", call)
         cells = self._cells()
         alone = len(cells) == 1
         x = input.data if isinstance(input, PackedSequence) else input
@@ -417,7 +419,7 @@ class RIM(nn.Module, Generic[StateT]):
             if not batched:
                 x = x.unsqueeze(1)
             elif self.batch_first:
-                x = x.transpose(0, 1)
+                x = x.transpose(0, 1).contiguous()  # a copy: the input may be changed in place before backward, as nn.LSTM's
             batch = x.size(1)
         given = x.dtype
         x = check_alike("input", x, weight)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as scan_operator
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 from rim_rnn.dynamics import State
 from rim_rnn.recording import Trace
-from rim_rnn.step import Projected, Step, exactly_ours, oddity
+from rim_rnn.step import Projected, Step, exactly_ours, kind_without_parametrisation, oddity
 from rim_rnn.units import autocast_dtype, divide, is_exporting, unite
 
 UNROLLED = 16
@@ -33,8 +34,11 @@ NUM_TENSORS = 3 + len(PARAMETERS) + 2
 """input, h, c, the parameters, and what dropout drew: the tensors of the schema, before the sizes."""
 
 
-def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] | str:
-    """The parameters in the order of the schema, ``None`` where the cell has none; or why they do not tell all of a call."""
+def plain_parameters(cell: Any, input: Tensor, state: State, computed: bool = False) -> list[Tensor | None] | str:
+    """The parameters in the order of the schema, ``None`` where the cell has none; or why they do not tell all of a call.
+
+    With ``computed`` also where some are what torch.nn.utils.parametrize computes: each is computed, once.
+    """
     if input.numel() == 0:
         return "the input is empty"
     if forward_ad._current_level >= 0:
@@ -54,16 +58,16 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
         or kind.draw is not Step.draw
     ):
         return f"a {kind.__name__} has a step of its own"
-    modules: Any = exactly_ours(cell)
+    modules: Any = exactly_ours(cell, kind_without_parametrisation) if computed else exactly_ours(cell)
     if modules is None:
         return oddity(cell) or "a stage is not ours"
-    _, query, key, value, dynamics, communication, *talking = modules
-    gates = dynamics._parameters
+    kept = [_with_computed(module) if computed else module._parameters for module in modules]
+    _, query, key, value, gates, _, *talking = kept
     try:
         parameters: list[Tensor | None] = [
-            *[module._parameters[name] for module in (query, key, value) for name in ("weight", "bias")],
+            *[part[name] for part in (query, key, value) for name in ("weight", "bias")],
             *(gates["weight_ih"], gates["weight_hh"], gates["bias_ih"], gates["bias_hh"], gates.get("weight_hr")),
-            *([module._parameters["weight"] for module in talking] or (None,) * 4),
+            *([part["weight"] for part in talking] or (None,) * 4),
         ]
     except KeyError:
         return ELSEWHERE
@@ -76,7 +80,7 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu:
             return "the tensors differ in dtype or device"
-    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if communication.num_heads else 4):
+    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if modules[5].num_heads else 4):
         return ELSEWHERE
     return parameters
 
@@ -84,21 +88,32 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
 ELSEWHERE = "a parameter is not where the cell keeps it"  # as after pruning
 
 
+def _with_computed(module: Any) -> dict[str, Any]:
+    names = module.parametrizations if parametrize.is_parametrized(module) else ()
+    return {**module._parameters, **{name: getattr(module, name) for name in names}}
+
+
 def scan(
     cell: Any, input: Tensor, state: State, batch_sizes: Sequence[int] | None, reverse: bool, record: bool
 ) -> tuple[Tensor, State, list[Trace]] | None:
-    """:meth:`Step.scan` as one operator, where torch.compile would unroll many steps; elsewhere ``None``."""
-    if not torch.compiler.is_compiling() or is_exporting() or record or autocast_dtype(input.device):
+    """:meth:`Step.scan` as one operator, where torch.compile would unroll many steps, and from weights that are computed once,
+    as :class:`torch.nn.LSTM` does it, where parametrisations compute some; elsewhere ``None``."""
+    compiling = torch.compiler.is_compiling()
+    if compiling and (is_exporting() or record or autocast_dtype(input.device)):
         return None
-    if (input.size(0) if batch_sizes is None else len(batch_sizes)) <= UNROLLED:
-        return None
-    parameters = plain_parameters(cell, input, state)
+    parameters: list[Tensor | None] | str = "few steps"
+    if compiling and (input.size(0) if batch_sizes is None else len(batch_sizes)) > UNROLLED:
+        parameters = plain_parameters(cell, input, state)
+    if isinstance(parameters, str) and any(parametrize.is_parametrized(stage) for stage in cell.modules()):
+        parameters = plain_parameters(cell, input, state, computed=True)
     if isinstance(parameters, str):
         return None
     c = state[1] if len(state) == 2 else None
-    output, h_n, c_n = torch.ops.rim_rnn.readable.default(
-        input, state[0], c, *parameters, *cell.draw(input), *sizes_of(cell, batch_sizes, reverse)
-    )
+    tensors = [input, state[0], c, *parameters, *cell.draw(input)]
+    sizes = sizes_of(cell, batch_sizes, reverse)
+    if not compiling:
+        return _lend(tensors, sizes, None, record)
+    output, h_n, c_n = torch.ops.rim_rnn.readable.default(*tensors, *sizes)
     return output, (h_n,) if c is None else (h_n, c_n), []
 
 
@@ -162,6 +177,13 @@ class _Lent(nn.Module):
 
 def run(tensors: Sequence[Any], sizes: tuple[Any, ...], winners: Tensor | None = None) -> tuple[Tensor, ...]:
     """The readable scan of a step with these parameters, and of these ``winners``, ``(rows of all steps, k)``, if given."""
+    output, last, _ = _lend(tensors, sizes, winners)
+    return output, *last
+
+
+def _lend(
+    tensors: Sequence[Any], sizes: tuple[Any, ...], winners: Tensor | None, record: bool = False
+) -> tuple[Tensor, State, list[Trace]]:
     *tensors, keep_input, keep_comm = tensors
     input, h, c, query, query_bias, key, _, value, _, weight_ih, *_ = tensors
     comm_query, _, comm_value, _ = tensors[-4:]
@@ -195,10 +217,11 @@ def run(tensors: Sequence[Any], sizes: tuple[Any, ...], winners: Tensor | None =
         step.input_attention.register_forward_hook(lambda module, given, made: (next(order), *made[1:]))  # in place of scores
     parameters = {f"step.{name}": t for name, t in zip(PARAMETERS, tensors[3:], strict=True) if t is not None}
     state = (h,) if c is None else (h, c)
-    output, last, _ = torch.func.functional_call(
-        _Lent(step, "scan"), parameters, (input, state, list(batch_sizes) or None, reverse), {"keep": (keep_input, keep_comm)}
+    given = input, state, list(batch_sizes) or None, reverse, record
+    done: tuple[Tensor, State, list[Trace]] = torch.func.functional_call(
+        _Lent(step, "scan"), parameters, given, {"keep": (keep_input, keep_comm)}
     )
-    return output, *last
+    return done
 
 
 def differentiate(

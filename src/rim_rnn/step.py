@@ -6,11 +6,12 @@ four stages that meet here, or a faster or more convenient way to run what stand
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
 
 from rim_rnn.communication import Communication
 from rim_rnn.dynamics import Dynamics, GRUDynamics, LSTMDynamics, State, keep_losers
@@ -228,8 +229,8 @@ METHODS = frozenset(
 """What nobody puts on an instance but to change what it does."""
 
 
-def exactly_ours(cell: nn.Module) -> tuple[nn.Module, ...] | None:
-    """The modules of a cell in the order of :data:`MODULES`, if all of them are exactly ours; else ``None``."""
+def exactly_ours(cell: nn.Module, kind: Callable[[Any], type] = type) -> tuple[nn.Module, ...] | None:
+    """The modules of a cell in the order of :data:`MODULES`, if all of them are exactly ours, by ``kind``; else ``None``."""
     try:
         attention, dynamics, communication = (cell._modules[name] for name in ("input_attention", "dynamics", "communication"))
         parts, talk = attention._modules, communication._modules  # type: ignore[union-attr]
@@ -237,7 +238,7 @@ def exactly_ours(cell: nn.Module) -> tuple[nn.Module, ...] | None:
         found: Any = (attention, parts["query"], parts["key"], parts["value"], dynamics, communication, *talking)
     except (KeyError, AttributeError):  # something was put in its place
         return None
-    if tuple(map(type, found)) not in KINDS or is_any_hooked():
+    if tuple(map(kind, found)) not in KINDS or is_any_hooked():
         return None
     for module in found:
         if does_more(module):
@@ -248,6 +249,13 @@ def exactly_ours(cell: nn.Module) -> tuple[nn.Module, ...] | None:
             return None
     ours: tuple[nn.Module, ...] = found
     return ours
+
+
+def kind_without_parametrisation(module: nn.Module) -> type:
+    """Its class; where torch.nn.utils.parametrize gave it another one, that of before."""
+    kind = type(module)
+    before = cast("type", kind.__base__)
+    return before if parametrize.is_parametrized(module) and kind.__name__ == f"Parametrized{before.__name__}" else kind
 
 
 def does_more(module: nn.Module) -> bool:

@@ -163,10 +163,18 @@ def draw_dropout(probability: float, x: Tensor, *shape: int) -> Tensor:
     return F.dropout(x.new_ones(x.numel() // x.size(-1), *shape), probability)
 
 
-def leaf(module: nn.Module, input: fx.Proxy, hx: Any) -> fx.Proxy:
-    """A call of the module, for torch.fx.symbolic_trace, which looks into it as little as into a module of torch.nn."""
+def leaf(module: nn.Module, input: Any, hx: Any) -> fx.Proxy | None:
+    """A call of the module, for torch.fx.symbolic_trace, which looks into it as little as into a module of torch.nn.
+
+    ``None`` where nothing is traced: neither the input nor a state is a stand-in.
+    """
+    proxy = next(
+        (part for part in (input, hx, *(hx if isinstance(hx, tuple | list) else ())) if isinstance(part, fx.Proxy)), None
+    )
+    if proxy is None:
+        return None
     name = type(module).__name__
-    tracer: Any = input.tracer
+    tracer: Any = proxy.tracer
     try:
         path = tracer.path_of_module(module)
     except NameError:
@@ -187,8 +195,12 @@ def refuse_to_script(module: nn.Module) -> None:
 
 
 def describe(module: Any, **defaults: object) -> str:
-    """The ``extra_repr`` of cell and layer: the two sizes, then whatever differs from its default."""
-    shown = [f"{name}={getattr(module, name)!r}" for name, value in defaults.items() if getattr(module, name) != value]
+    """The ``extra_repr`` of cell and layer: the two sizes, then whatever differs from its default.
+
+    What a stage would tell that another module was put in the place of is left out.
+    """
+    found = {name: getattr(module, name, value) for name, value in defaults.items()}
+    shown = [f"{name}={found[name]!r}" for name, value in defaults.items() if found[name] != value]
     return ", ".join([f"{module.input_size}, {module.hidden_size}", *shown])
 
 
@@ -198,6 +210,15 @@ def uniform_(fan_in: int, *parameters: Tensor | None, gain: float = 1.0) -> None
     for parameter in parameters:
         if parameter is not None and not parameter.is_meta:
             nn.init.uniform_(parameter, -bound, bound)
+
+
+def reset(*modules: Any) -> None:
+    """Draw the parameters of each module anew; of one that was put around others and has no way to, those of the others."""
+    for module in modules:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        else:
+            reset(*module.children())
 
 
 class UnitProjection(nn.Module):
