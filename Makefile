@@ -7,6 +7,8 @@ ifeq ($(OS),Windows_NT)
 export PATH := $(CURDIR)/$(VENV)/Scripts;$(PATH)
 else
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# named, for without a shell the make of macOS does not look along this PATH
+SHELL := /bin/bash
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
@@ -58,7 +60,7 @@ check: lint $(VENV)/tools docs package
 	python -m pytest -n auto -m 'not tools'
 
 docs: setup
-	python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
+	python -m sphinx -W -n --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
 	python -m sphinx -W -n --keep-going -q -b doctest docs docs/_build/doctest
 
 package: setup $(VENV)/release

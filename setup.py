@@ -28,7 +28,7 @@ def native() -> Extension | str:
     try:
         import torch
         from torch.utils import cpp_extension
-    except ImportError as error:
+    except Exception as error:  # a broken torch raises what it likes
         return f"{error} (pip install --no-build-isolation builds it against the installed torch)"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         return f"it needs torch 2.10 or newer, found {torch.__version__}"
