@@ -1,10 +1,12 @@
 """RIMCell: a step with the manners of torch.nn.LSTMCell, run over time by whatever path takes it."""
 
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from typing_extensions import TypedDict, TypeVar, Unpack, override
 
 from rim_rnn import native, readable
@@ -280,7 +282,11 @@ class RIMCell(Step, Generic[StateT]):
             done = readable.scan(self, input, state, batch_sizes, reverse, record)
         if done is None and not record:
             done = readable.loop(self, input, state, batch_sizes, reverse)
-        return self.scan(input, state, batch_sizes, reverse, record) if done is None else done
+        if done is None:  # a compiler sees every step, and is shown one computation of what parametrisations compute
+            once = parametrize.cached() if torch.compiler.is_compiling() and readable.is_computed(self) else nullcontext()
+            with once:
+                done = self.scan(input, state, batch_sizes, reverse, record)
+        return done
 
     def is_called(self) -> bool:
         """Whether a layer calls the cell at each step, for that does more than :meth:`run`: a hook, a forward of its own."""
@@ -321,11 +327,8 @@ class RIMCell(Step, Generic[StateT]):
     def like(self, input: Tensor) -> Tensor:
         """A tensor of the parameters' dtype and device."""
         dynamics = self.stages()[1]
-        kept = dynamics._parameters
-        weight: Any = kept.get("weight_hh")
-        if weight is None:  # it is computed from others, or was put elsewhere
-            weight = kept.get("weight_ih")
-        if weight is None:
+        weight: Any = next(iter(dynamics._parameters.values()), None)
+        if weight is None:  # all are computed from others, or were put elsewhere
             weight = getattr(dynamics, "weight_hh", None)
             weight = next(self.parameters()) if weight is None else weight
         if (

@@ -59,7 +59,8 @@ class Communication(nn.Module):
         if not self.num_heads:
             return None
         query, key, value = (
-            part.weight.view(*part.weight.shape[:2], self.num_heads, -1) for part in (self.query, self.key, self.value)
+            weight.view(*weight.shape[:2], self.num_heads, -1)
+            for weight in (self.query.weight, self.key.weight, self.value.weight)
         )
         return torch.cat([query / math.sqrt(self.key_size), key, value], dim=-1).flatten(2)
 

@@ -62,14 +62,16 @@ class Dynamics(nn.Module, abc.ABC):
 
         A read is a scalar times a projection of ``x``, so its part of the gates is that scalar times this.
         """
-        heads, (n, _, gates) = self.num_heads, self.weight_ih.shape
-        weight_ih = self.weight_ih.view(n, heads, -1, gates).permute(1, 2, 0, 3).reshape(heads, -1, n * gates)
+        heads, own = self.num_heads, self.weight_ih
+        n, _, gates = own.shape
+        weight_ih = own.view(n, heads, -1, gates).permute(1, 2, 0, 3).reshape(heads, -1, n * gates)
         # Multiplications per row. A compiler is told nothing of the rows, so that one graph serves all of their numbers.
         rows = math.inf if torch.compiler.is_compiling() else max(1, x.size(0))
         size_x, size_value, size_gates = x.size(1), weight_ih.size(1), n * gates
         if size_x * size_gates * (1 + size_value / rows) < size_value * (size_x + size_gates):
             weight = value.weight.view(heads, -1, size_x).transpose(1, 2) @ weight_ih
-            bias = None if value.bias is None else (value.bias.view(heads, 1, -1) @ weight_ih).flatten()
+            shared = value.bias
+            bias = None if shared is None else (shared.view(heads, 1, -1) @ weight_ih).flatten()
             projected = F.linear(x, weight.transpose(1, 2).reshape(-1, size_x), bias)
             return projected.view(-1, heads, n, gates).transpose(0, 1)
         values: Tensor = value(x).view(-1, heads, weight_ih.size(1)).transpose(0, 1)
@@ -86,9 +88,10 @@ class Dynamics(nn.Module, abc.ABC):
         """
         if gates is None:
             assert value is not None
-            heads, (n, _, size) = self.num_heads, self.weight_ih.shape
+            heads, weight_ih = self.num_heads, self.weight_ih
+            n, _, size = weight_ih.shape
             values = value.view(value.size(0), heads, 1, value.size(1) // heads).permute(1, 2, 0, 3)
-            gates = torch.matmul(values, self.weight_ih.view(n, heads, -1, size).transpose(0, 1)).transpose(1, 2)
+            gates = torch.matmul(values, weight_ih.view(n, heads, -1, size).transpose(0, 1)).transpose(1, 2)
         return self.update(self.read(a_input, gates), state)
 
     def read(self, a_input: Tensor, gates: Tensor) -> Tensor:
@@ -121,14 +124,16 @@ class LSTMDynamics(Dynamics):
 
     def read_bias(self) -> Tensor | None:
         """Both biases: they only ever meet in a sum."""
-        return None if self.bias_ih is None or self.bias_hh is None else self.bias_ih + self.bias_hh
+        bias_ih, bias_hh = self.bias_ih, self.bias_hh
+        return None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
 
     def update(self, gates_x: Tensor, state: State) -> State:
         h, c = state
         i, f, g, o = torch.baddbmm(gates_x, h, self.weight_hh).chunk(4, dim=-1)
         c = torch.addcmul(torch.sigmoid(f) * c, torch.sigmoid(i), torch.tanh(g))
         h = torch.sigmoid(o) * torch.tanh(c)
-        return (torch.bmm(h, self.weight_hr) if hasattr(self, "weight_hr") else h), c
+        weight_hr = getattr(self, "weight_hr", None)
+        return (h if weight_hr is None else torch.bmm(h, weight_hr)), c
 
 
 class GRUDynamics(Dynamics):
@@ -138,9 +143,9 @@ class GRUDynamics(Dynamics):
 
     def update(self, gates_x: Tensor, state: State) -> State:
         (h,) = state
-        gates_h = torch.bmm(h, self.weight_hh)
-        if self.bias_hh is not None:
-            gates_h = gates_h + self.bias_hh.unsqueeze(1)
+        gates_h, bias_hh = torch.bmm(h, self.weight_hh), self.bias_hh
+        if bias_hh is not None:
+            gates_h = gates_h + bias_hh.unsqueeze(1)
         (x_r, x_z, x_n), (h_r, h_z, h_n) = gates_x.chunk(3, dim=-1), gates_h.chunk(3, dim=-1)
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * h_n)

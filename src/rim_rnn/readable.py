@@ -34,11 +34,8 @@ NUM_TENSORS = 3 + len(PARAMETERS) + 2
 """input, h, c, the parameters, and what dropout drew: the tensors of the schema, before the sizes."""
 
 
-def plain_parameters(cell: Any, input: Tensor, state: State, computed: bool = False) -> list[Tensor | None] | str:
-    """The parameters in the order of the schema, ``None`` where the cell has none; or why they do not tell all of a call.
-
-    With ``computed`` also where some are what torch.nn.utils.parametrize computes: each is computed, once.
-    """
+def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] | str:
+    """The parameters in the order of the schema, ``None`` where the cell has none; or why they do not tell all of a call."""
     if input.numel() == 0:
         return "the input is empty"
     if forward_ad._current_level >= 0:
@@ -50,18 +47,60 @@ def plain_parameters(cell: Any, input: Tensor, state: State, computed: bool = Fa
             return "torch.jit is tracing"
     elif is_exporting():
         return "torch.export: the graph stays portable"
+    if _has_own_step(cell):
+        return f"a {type(cell).__name__} has a step of its own"
+    modules: Any = exactly_ours(cell)
+    if modules is None:
+        return oddity(cell) or "a stage is not ours"
+    parameters = _in_order(cell, [module._parameters for module in modules])
+    if parameters is None:
+        return ELSEWHERE
+    dtype, on_cpu = input.dtype, input.is_cpu
+    for tensor in (input, *state, *parameters):
+        if tensor is None:
+            continue
+        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+            return f"a {type(tensor).__name__} is not a plain tensor"
+        if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu:
+            return "the tensors differ in dtype or device"
+    return parameters
+
+
+ELSEWHERE = "a parameter is not where the cell keeps it"  # as after pruning
+
+
+def is_computed(cell: nn.Module) -> bool:
+    """Whether torch.nn.utils.parametrize computes one of the cell's parameters."""
+    return any([parametrize.is_parametrized(module) for module in cell.modules()])  # noqa: C419 (of torch.compile)
+
+
+def computed_parameters(cell: Any) -> list[Tensor | None] | None:
+    """The parameters of such a cell, each computed once; ``None`` of another, or where there is more to heed."""
+    if not is_computed(cell) or _has_own_step(cell):
+        return None
+    modules: Any = exactly_ours(cell, kind_without_parametrisation)
+    if modules is None:
+        return None
+    computed = [getattr(module, "parametrizations", ()) for module in modules]
+    return _in_order(
+        cell,
+        [{**m._parameters, **{name: getattr(m, name) for name in names}} for m, names in zip(modules, computed, strict=True)],
+    )
+
+
+def _has_own_step(cell: Any) -> bool:
+    """Whether the cell's class puts the stages together in a way of its own."""
     kind = type(cell)
-    if (
+    return (
         kind.step is not Step.step
         or kind.scan is not Step.scan
         or kind.project is not Step.project
         or kind.draw is not Step.draw
-    ):
-        return f"a {kind.__name__} has a step of its own"
-    modules: Any = exactly_ours(cell, kind_without_parametrisation) if computed else exactly_ours(cell)
-    if modules is None:
-        return oddity(cell) or "a stage is not ours"
-    kept = [_with_computed(module) if computed else module._parameters for module in modules]
+    )
+
+
+def _in_order(cell: Any, kept: Sequence[Any]) -> list[Tensor | None] | None:
+    """What each module of :func:`exactly_ours` keeps, by name, in the order of the schema; ``None`` if it is not all there."""
     _, query, key, value, gates, _, *talking = kept
     try:
         parameters: list[Tensor | None] = [
@@ -70,27 +109,9 @@ def plain_parameters(cell: Any, input: Tensor, state: State, computed: bool = Fa
             *([part["weight"] for part in talking] or (None,) * 4),
         ]
     except KeyError:
-        return ELSEWHERE
-    absent, dtype, on_cpu = 0, input.dtype, input.is_cpu
-    for tensor in (input, *state, *parameters):
-        if tensor is None:
-            absent += 1
-            continue
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-            return f"a {type(tensor).__name__} is not a plain tensor"
-        if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu:
-            return "the tensors differ in dtype or device"
-    if absent != (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if modules[5].num_heads else 4):
-        return ELSEWHERE
-    return parameters
-
-
-ELSEWHERE = "a parameter is not where the cell keeps it"  # as after pruning
-
-
-def _with_computed(module: Any) -> dict[str, Any]:
-    names = module.parametrizations if parametrize.is_parametrized(module) else ()
-    return {**module._parameters, **{name: getattr(module, name) for name in names}}
+        return None
+    absent = (0 if cell.bias else 5) + (0 if cell.proj_size else 1) + (0 if cell.stages()[2].num_heads else 4)
+    return parameters if sum([tensor is None for tensor in parameters]) == absent else None
 
 
 def scan(
@@ -98,14 +119,16 @@ def scan(
 ) -> tuple[Tensor, State, list[Trace]] | None:
     """:meth:`Step.scan` as one operator, where torch.compile would unroll many steps, and from weights that are computed once,
     as :class:`torch.nn.LSTM` does it, where parametrisations compute some; elsewhere ``None``."""
+    steps = input.size(0) if batch_sizes is None else len(batch_sizes)
     compiling = torch.compiler.is_compiling()
-    if compiling and (is_exporting() or record or autocast_dtype(input.device)):
-        return None
-    parameters: list[Tensor | None] | str = "few steps"
-    if compiling and (input.size(0) if batch_sizes is None else len(batch_sizes)) > UNROLLED:
+    if compiling:
+        if is_exporting() or record or autocast_dtype(input.device) or steps <= UNROLLED:
+            return None
         parameters = plain_parameters(cell, input, state)
-    if isinstance(parameters, str) and any(parametrize.is_parametrized(stage) for stage in cell.modules()):
-        parameters = plain_parameters(cell, input, state, computed=True)
+    else:
+        if steps == 1 or torch._C._get_tracing_state() is not None:
+            return None
+        parameters = computed_parameters(cell) or ELSEWHERE
     if isinstance(parameters, str):
         return None
     c = state[1] if len(state) == 2 else None

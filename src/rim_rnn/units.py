@@ -251,9 +251,10 @@ class UnitProjection(nn.Module):
         uniform_(self.weight.size(1), self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.bmm(x, self.weight.to(x.dtype))
-        return torch.baddbmm(self.bias.to(x.dtype).unsqueeze(1), x, self.weight.to(x.dtype))
+        weight, bias = self.weight, self.bias
+        if bias is None:
+            return torch.bmm(x, weight.to(x.dtype))
+        return torch.baddbmm(bias.to(x.dtype).unsqueeze(1), x, weight.to(x.dtype))
 
     def extra_repr(self) -> str:
         num_units, in_features, out_features = self.weight.shape
@@ -295,7 +296,8 @@ class SharedProjection(nn.Module):
         uniform_(self.weight.size(1), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = self.bias
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
