@@ -275,7 +275,7 @@ ABLATIONS = [
         "both biases of an LSTM added with the read",
         ("paper", "small"),
         (
-            (DYNAMICS, "else self.bias_ih + self.bias_hh", "else self.bias_ih"),
+            (DYNAMICS, "else bias_ih + bias_hh", "else bias_ih"),
             (
                 DYNAMICS,
                 "torch.baddbmm(gates_x, h, self.weight_hh).chunk(4, dim=-1)",
