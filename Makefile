@@ -24,12 +24,13 @@ $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py src/rim_rnn/cs
 	python -m rim_rnn
 	touch $@
 
+# what an extra brings, to the installed checkout: the operator is not compiled again
 $(VENV)/tools: $(VENV)/ready
-	$(PIP) --no-build-isolation --editable '.[tools]'
+	$(PIP) 'rim-rnn[tools]'
 	touch $@
 
 $(VENV)/release: $(VENV)/ready
-	$(PIP) --no-build-isolation --editable '.[release]'
+	$(PIP) 'rim-rnn[release]'
 	touch $@
 
 demo: setup
