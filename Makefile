@@ -55,10 +55,12 @@ quick: lint
 test: setup
 	python -m pytest -n auto -m 'not tools'
 
-check: lint $(VENV)/tools docs package
-	RIM_RNN_NATIVE=0 python -m pytest --quiet -n auto -m 'not tools' --ignore tests/test_examples.py --ignore tests/test_speed.py
-	python -m pytest --quiet -n auto -m tools
-	python -m pytest -n auto -m 'not tools'
+# lint beside docs, for either keeps one core busy; then the tests whose result depends on the path without the operator, and all with it
+ONCE := docs examples graphs mutants package speed typing
+check: $(VENV)/tools $(VENV)/release
+	$(MAKE) --jobs 2 docs lint package
+	RIM_RNN_NATIVE=0 python -m pytest --quiet -n auto -m 'not tools' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
+	python -m pytest -n auto
 
 docs: setup
 	python -m sphinx -W -n --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html

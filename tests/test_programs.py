@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {"LSTM": {}, "GRU": {"rnn_cell": "GRU"}, "proj": {"proj_size": 4}}
 kinds = pytest.mark.parametrize("kind", KINDS)
 PATHS: dict[str, Callable[[], AbstractContextManager[None]]] = {"native": nullcontext, "readable": native.readable}
-paths = pytest.mark.parametrize("path", PATHS)
+paths = pytest.mark.parametrize("path", [pytest.param("native", marks=needs_native), "readable"])
 
 
 def layer(kind: str, *sizes: int, dtype: torch.dtype = torch.float64, **extra: Any) -> RIM[Any]:
@@ -498,7 +498,7 @@ def text() -> Tensor:
 
 @pytest.mark.slow
 @units
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=needs_native) for seed in (1, 2))])
 def test_a_stateful_character_model_trains(rnn_cell: str, seed: int) -> None:
     """An epoch with the state carried from batch to batch: finite, within the bound, and better than frequencies tell.
 
