@@ -49,8 +49,9 @@ lint: setup
 	check-jsonschema --builtin-schema vendor.readthedocs .readthedocs.yaml
 	check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
+# without two files that are slow as a whole, and slow to import
 quick: lint
-	python -m pytest --quiet -n auto -m 'not tools and not slow'
+	python -m pytest --quiet -n auto -m 'not tools and not slow' --ignore tests/test_examples.py --ignore tests/test_speed.py
 
 test: setup
 	python -m pytest -n auto -m 'not tools'

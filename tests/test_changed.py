@@ -55,8 +55,9 @@ class Place(NamedTuple):
 
 
 PLACES = [Place("layer", 3, 2), Place("layer", 12, 48), Place("stack", 3, 2), Place("cell", 1, 3), Place("cell", 1, 64)]
-places = pytest.mark.parametrize("place", PLACES, ids=lambda p: f"{p.kind}-{p.steps}x{p.batch}")
-layers = pytest.mark.parametrize("place", PLACES[:3], ids=lambda p: f"{p.kind}-{p.steps}x{p.batch}")
+CASES = [pytest.param(p, id=f"{p.kind}-{p.steps}x{p.batch}", marks=[pytest.mark.slow] if p.batch > 3 else []) for p in PLACES]
+places = pytest.mark.parametrize("place", CASES)
+layers = pytest.mark.parametrize("place", CASES[:3])
 units = pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
 modules = pytest.mark.parametrize("path", ["", *STAGES, *PROJECTIONS])
 inner_modules = pytest.mark.parametrize("path", [*STAGES, *PROJECTIONS])
@@ -625,7 +626,7 @@ def test_a_parameter_that_others_tell(name: str, place: Place, rnn_cell: str) ->
 
 @layers
 @units
-@pytest.mark.parametrize("how", ["eager", "recorded", "compiled"])
+@pytest.mark.parametrize("how", ["eager", "recorded", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_what_a_parametrisation_draws_is_drawn_once(how: str, place: Place, rnn_cell: str) -> None:
     """Connections dropped, as regularised LSTMs have it: the same ones at every step."""
     module, plain = place.make(rnn_cell), place.make(rnn_cell)

@@ -379,6 +379,7 @@ def bids_of(rnn: RIM[Any], x: Tensor, h: Tensor, dtype: torch.dtype = torch.floa
     return (query * key[:, None]).sum(-1) / rnn.key_size_input**0.5 / rnn.num_input_heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bfloat16", "float16", "autocast bfloat16", "autocast float16", "float32"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_low_precision_does_not_change_who_wins(mode: str, heads: int) -> None:

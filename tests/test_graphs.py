@@ -11,6 +11,7 @@ from test_integrations import KINDS, flat, fresh_compiler, kinds, layer, output_
 
 from rim_rnn import native, readable
 
+pytestmark = pytest.mark.slow
 MANY = readable.UNROLLED + 1
 
 
@@ -34,7 +35,6 @@ def test_compiled_readable_path_agrees_with_eager_over_many_steps(kind: dict[str
             assert_same(*results)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("steps", [2, MANY])
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
@@ -45,7 +45,6 @@ def test_transforms_compile(transform: str, steps: int) -> None:
     assert_same(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_compiled_graph_of_the_readable_path_does_not_grow_with_the_steps() -> None:
     rnn, sizes = layer(KINDS[0]), []
@@ -63,7 +62,6 @@ def test_the_compiled_graph_of_the_readable_path_does_not_grow_with_the_steps() 
     assert many == more < one
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, {"num_comm_heads": 0, "bias": False}], ids=["LSTM", "GRU", "proj", "bare"])
 @pytest.mark.parametrize("batch_sizes", [None, [2, 2, 1]], ids=["padded", "packed"])
 def test_opcheck_of_the_readable_scan(kind: dict[str, Any], batch_sizes: list[int] | None) -> None:
@@ -76,7 +74,6 @@ def test_opcheck_of_the_readable_scan(kind: dict[str, Any], batch_sizes: list[in
     torch.library.opcheck(torch.ops.rim_rnn.readable.default, arguments)
 
 
-@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("given_state", [False, True])
 def test_export(kind: dict[str, Any], given_state: bool) -> None:
@@ -88,7 +85,6 @@ def test_export(kind: dict[str, Any], given_state: bool) -> None:
     assert_same(program.module()(other, *state), rnn(other, *state))
 
 
-@pytest.mark.slow
 def test_export_with_a_dynamic_batch() -> None:
     rnn = layer({"rnn_cell": "LSTM"}).eval()
     program = torch.export.export(rnn, (torch.randn(3, 5, 3),), dynamic_shapes=({1: torch.export.Dim("batch")},))
@@ -97,7 +93,6 @@ def test_export_with_a_dynamic_batch() -> None:
         torch.testing.assert_close(program.module()(x), rnn(x))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"rnn_cell": "GRU", "bidirectional": True, "bias": False}, {"proj_size": 4, "num_layers": 2, "batch_first": True}],

@@ -59,6 +59,7 @@ def output_and_gradients(module: Any, parameters: list[nn.Parameter], x: Tensor,
     return [*(part.detach() for part in result), *torch.autograd.grad(loss, [leaf, *parameters])]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
@@ -101,6 +102,7 @@ def test_compiled_cell_agrees_with_eager(rnn_cell: str) -> None:
     assert_same(compiled(x), cell(x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_compiled_gru_output_changed_in_place(batch_first: bool) -> None:
@@ -113,6 +115,7 @@ def test_compiled_gru_output_changed_in_place(batch_first: bool) -> None:
     assert_same(*gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @kinds
 def test_jit_trace(kind: dict[str, Any]) -> None:

@@ -396,6 +396,7 @@ def test_opcheck(packed: bool) -> None:
         torch.library.opcheck(torch.ops.rim_rnn.scan_backward.default, (*grads, output, winners, saved, True, *detached))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropouts", [{}, DROPOUTS])
 def test_compiles_whole(dropouts: dict[str, float]) -> None:
     torch.compiler.reset()
@@ -701,11 +702,13 @@ def fails(program: str, **environment: str) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_an_instruction_set_that_is_none() -> None:
     said = fails("import rim_rnn", RIM_RNN_ISA="sse9")
     assert said == "ImportError: RIM_RNN_ISA should be baseline, avx2, avx512 or empty, got 'sse9'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_an_instruction_set_that_the_processor_lacks(isa: str) -> None:
     has = torch.backends.cpu.get_cpu_capability()

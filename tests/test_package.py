@@ -57,6 +57,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"sdist": sdist, "wheel": wheel}
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_modules_and_the_licence(archives: dict[str, Path]) -> None:
     names = zipfile.ZipFile(archives["wheel"]).namelist()
     package = {name for name in names if ".dist-info/" not in name}
@@ -65,6 +66,7 @@ def test_wheel_holds_the_modules_and_the_licence(archives: dict[str, Path]) -> N
     assert archives["wheel"].name == f"rim_rnn-{rim_rnn.__version__}-py3-none-any.whl"
 
 
+@pytest.mark.slow
 def test_source_distribution_holds_what_a_build_needs(archives: dict[str, Path]) -> None:
     with tarfile.open(archives["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -134,6 +136,7 @@ getattr(build_meta, hook)(out)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 @pytest.mark.parametrize(
     ("torch", "environment", "reason"),
@@ -254,6 +257,7 @@ print(rnn.path(torch.randn(5, 3, 4)))
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_with_torch_alone(archives: dict[str, Path], tmp_path: Path) -> None:
     """Importing loads no module of anyone else's, nor any part of torch that `import torch` has not loaded.
 
@@ -346,6 +350,7 @@ import rim_rnn
 """
 
 
+@pytest.mark.slow
 def test_a_second_import_and_a_copy_in_one_process(tmp_path: Path) -> None:
     """Without metadata too. A copy with other operators is an ImportError."""
     environment = os.environ | {"PYTHONPATH": str(SOURCES.parent), "OMP_NUM_THREADS": "1"}

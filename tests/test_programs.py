@@ -209,6 +209,7 @@ def test_second_derivative_of_two_steps_by_finite_differences(kind: str, bounded
             assert float((found[i] * direction).sum()) == pytest.approx(slope, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.slow
 @needs_native
 @kinds
 @pytest.mark.parametrize("steps", [1, 2])
@@ -317,6 +318,7 @@ def gradients_of(results: Any, leaves: Any, grads: Any, **how: Any) -> tuple[Ten
     return torch.autograd.grad(results, leaves, grads, retain_graph=True, allow_unused=True, materialize_grads=not how, **how)
 
 
+@pytest.mark.slow
 @paths
 @layouts
 @kinds

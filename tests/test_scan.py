@@ -272,6 +272,7 @@ class OnDevice(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_a_device_never_waits_for_the_host(kind: dict[str, Any], packed: bool) -> None:

@@ -18,6 +18,7 @@ from rim_rnn import native
 needs_native = pytest.mark.skipif(native._unavailable is not None, reason=str(native._unavailable))
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     """In a process of its own, as it is typed; nothing is warned of."""
     environment = os.environ | {"PYTHONPATH": str(Path(program.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -35,6 +36,7 @@ def test_the_command() -> None:
     assert done.stdout.splitlines()[-1] == f"self-check: {last}"
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("part", ["output", "c_n", "gradient of cells.0.dynamics.weight_hh"])
 def test_a_difference_fails(part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
