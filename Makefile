@@ -13,24 +13,30 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup demo lint quick test check docs package wheels audit
+.PHONY: setup demo lint quick test check whole readable docs package wheels audit
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py src/rim_rnn/csrc/*)
+# what pip brings; the extras beside it come after one another, for two pips at once would be one too many
+$(VENV)/packages: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
-	$(PIP) --no-build-isolation --editable '.[examples,docs,test]'
-	python -m rim_rnn
+	RIM_RNN_NATIVE=0 $(PIP) --no-build-isolation --editable '.[examples,docs,test]'
 	touch $@
 
-# what an extra brings, to the installed checkout: the operator is not compiled again
-$(VENV)/tools: $(VENV)/ready
+$(VENV)/tools: $(VENV)/packages
 	$(PIP) 'rim-rnn[tools]'
 	touch $@
 
-$(VENV)/release: $(VENV)/ready
+$(VENV)/release: $(VENV)/packages | $(VENV)/tools
 	$(PIP) 'rim-rnn[release]'
+	touch $@
+
+# and the operator, in its place in src
+$(VENV)/ready: $(VENV)/packages $(wildcard setup.py src/rim_rnn/csrc/*)
+	rm -f src/rim_rnn/_native.*
+	python setup.py -q build_ext --inplace
+	python -m rim_rnn
 	touch $@
 
 demo: setup
@@ -56,14 +62,19 @@ quick: lint
 test: setup
 	python -m pytest -n auto -m 'not tools'
 
-# lint beside docs, for either keeps one core busy; then the tests whose result depends on the path without the operator, and all with it
-ONCE := docs examples graphs mutants package speed typing
-check: $(VENV)/tools $(VENV)/release
-	$(MAKE) --jobs 2 docs lint package
-	RIM_RNN_NATIVE=0 python -m pytest --quiet -n auto -m 'not tools' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
+check:
+	$(MAKE) --jobs 2 whole
 	python -m pytest -n auto
 
-docs: setup
+# without the operator: what depends on the path and does not say which one it takes
+ONCE := docs examples graphs mutants package speed typing
+readable: $(VENV)/packages
+	RIM_RNN_NATIVE=0 python -m pytest --quiet -n auto -m 'not tools' -k 'not readable' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
+
+# in an order that keeps two cores busy: pip, sphinx and the compiler use one each
+whole: setup $(VENV)/tools $(VENV)/release lint docs package readable
+
+docs: setup $(VENV)/tools
 	python -m sphinx -W -n --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
 	python -m sphinx -W -n --keep-going -q -b doctest docs docs/_build/doctest
 

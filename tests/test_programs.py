@@ -475,13 +475,14 @@ units = pytest.mark.parametrize("rnn_cell", UNITS)
 @pytest.mark.parametrize("scale", [1, 10, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_state_is_bounded(rnn_cell: str, scale: int, dtype: torch.dtype, path: str) -> None:
-    """3,000 steps, weights and inputs of any size, first states within the bound and beyond it: no rounding passes it."""
+    """Weights and inputs of any size, first states within the bound and beyond it: no rounding passes it in many steps."""
+    steps = 3000 if path == "native" else 600
     rnn = RIM(3, 24, num_units=4, rnn_cell=rnn_cell, dtype=dtype)
     rnn.load_state_dict(
         {name: (normal(*p.shape, seed=i) * scale).to(dtype) for i, (name, p) in enumerate(rnn.state_dict().items())}
     )
     sizes = torch.tensor([0, 1e-3, 1, 1e3, 1e20], dtype=torch.float64)
-    x = (normal(3000, 2, 5, 3, seed=100) * sizes.unsqueeze(1)).flatten(1, 2).to(dtype)
+    x = (normal(steps, 2, 5, 3, seed=100) * sizes.unsqueeze(1)).flatten(1, 2).to(dtype)
     h_0 = (normal(1, 2, 5, 24, seed=101) * torch.tensor([0.1, 100]).view(2, 1, 1)).flatten(1, 2).to(dtype)
     with torch.no_grad(), PATHS[path]():
         output, _ = rnn(x, h_0 if rnn_cell == "GRU" else (h_0, 10 * h_0))
@@ -492,8 +493,8 @@ def test_the_state_is_bounded(rnn_cell: str, scale: int, dtype: torch.dtype, pat
 
 
 def text() -> Tensor:
-    """The characters of this package, by number."""
-    written = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(native.__file__).parent.glob("*.py")))
+    """Characters of this package, by number."""
+    written = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(native.__file__).parent.glob("*.py")))[:64_000]
     alphabet = sorted(set(written))
     return torch.tensor([alphabet.index(character) for character in written])
 
@@ -504,7 +505,7 @@ def text() -> Tensor:
 def test_a_stateful_character_model_trains(rnn_cell: str, seed: int) -> None:
     """An epoch with the state carried from batch to batch: finite, within the bound, and better than frequencies tell.
 
-    As equation 6 is printed, most of these end in NaN.
+    As equation 6 is printed, those of GRU units end in NaN.
     """
     torch.manual_seed(seed)
     characters, span, rows = text(), 40, 16
