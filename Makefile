@@ -12,16 +12,21 @@ SHELL := /bin/bash
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
+PYTEST := python -m pytest -n auto --dist worksteal
 
 .PHONY: setup demo lint quick test check whole readable docs package wheels audit
 
 setup: $(VENV)/ready
 
-# what pip brings; the extras beside it come after one another, for two pips at once would be one too many
-$(VENV)/packages: pyproject.toml constraints.txt
+# The checkout, what its extras bring one after the other, and beside them, where make runs two jobs, the operator in its place in src
+$(VENV)/checkout: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
-	RIM_RNN_NATIVE=0 $(PIP) --no-build-isolation --editable '.[examples,docs,test]'
+	RIM_RNN_NATIVE=0 $(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/packages: $(VENV)/checkout
+	$(PIP) 'rim-rnn[examples,docs,test]'
 	touch $@
 
 $(VENV)/tools: $(VENV)/packages
@@ -32,10 +37,12 @@ $(VENV)/release: $(VENV)/packages | $(VENV)/tools
 	$(PIP) 'rim-rnn[release]'
 	touch $@
 
-# and the operator, in its place in src
-$(VENV)/ready: $(VENV)/packages $(wildcard setup.py src/rim_rnn/csrc/*)
+$(VENV)/operator: $(VENV)/checkout $(wildcard setup.py src/rim_rnn/csrc/*)
 	rm -f src/rim_rnn/_native.*
 	python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/ready: $(VENV)/packages $(VENV)/operator
 	python -m rim_rnn
 	touch $@
 
@@ -57,19 +64,19 @@ lint: setup
 
 # without two files that are slow as a whole, and slow to import
 quick: lint
-	python -m pytest --quiet -n auto -m 'not tools and not slow' --ignore tests/test_examples.py --ignore tests/test_speed.py
+	$(PYTEST) --quiet -m 'not tools and not slow' --ignore tests/test_examples.py --ignore tests/test_speed.py
 
 test: setup
-	python -m pytest -n auto -m 'not tools'
+	$(PYTEST) -m 'not tools'
 
 check:
 	$(MAKE) --jobs 2 whole
-	python -m pytest -n auto
+	$(PYTEST)
 
-# without the operator: what depends on the path and does not say which one it takes
-ONCE := docs examples graphs mutants package speed typing
+# without the operator: what depends on the path, and does not name the one that it takes
+ONCE := changed docs examples graphs mutants package speed typing
 readable: $(VENV)/packages
-	RIM_RNN_NATIVE=0 python -m pytest --quiet -n auto -m 'not tools' -k 'not readable' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
+	RIM_RNN_NATIVE=0 $(PYTEST) --quiet -m 'not tools' -k 'not readable' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
 
 # in an order that keeps two cores busy: pip, sphinx and the compiler use one each
 whole: setup $(VENV)/tools $(VENV)/release lint docs package readable

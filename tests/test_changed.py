@@ -624,9 +624,14 @@ def test_a_parameter_that_others_tell(name: str, place: Place, rnn_cell: str) ->
     assert negative.calls == 1
 
 
-@layers
 @units
-@pytest.mark.parametrize("how", ["eager", "recorded", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("how", "place"),
+    [
+        *((how, place) for how in ("eager", "recorded") for place in PLACES[:3]),
+        pytest.param("compiled", PLACES[0], marks=pytest.mark.slow),
+    ],
+)
 def test_what_a_parametrisation_draws_is_drawn_once(how: str, place: Place, rnn_cell: str) -> None:
     """Connections dropped, as regularised LSTMs have it: the same ones at every step."""
     module, plain = place.make(rnn_cell), place.make(rnn_cell)

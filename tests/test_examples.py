@@ -805,7 +805,7 @@ def kill_in_the_middle(process: subprocess.Popen[bytes], log_dir: Path, epoch: i
             progress = checkpoint.load(log_dir)["progress"]
             if progress["epoch"] == epoch and progress["batch"] > 0:
                 break
-        time.sleep(0.002)
+        time.sleep(0.02)
     children = [int(pid) for task in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in task.read_text().split()]
     for pid in (process.pid, *children):
         os.kill(pid, signal.SIGKILL)
@@ -813,15 +813,17 @@ def kill_in_the_middle(process: subprocess.Popen[bytes], log_dir: Path, epoch: i
 
 
 @needs_proc
-def test_sigkill_and_resume_end_bit_for_bit_as_an_uninterrupted_run(digits: Path, tmp_path: Path) -> None:
-    command = [EXAMPLE / "train.py", "--data_dir", digits, *SMALL, "--epochs", 3, "--batch_size", 2, "--input_dropout", 0.3]
-    command += ["--comm_dropout", 0.3, "--checkpoint_minutes", 0, "--lr_schedule", "one-cycle", "--log_dir"]
-    assert start([*command, tmp_path / "whole"]).wait() == 0
+def test_sigkill_and_resume_end_bit_for_bit_as_an_uninterrupted_run(
+    run: Callable[..., None], digits: Path, tmp_path: Path
+) -> None:
+    args = ["--data_dir", digits, *SMALL, "--epochs", 3, "--batch_size", 2, "--input_dropout", 0.3]
+    args += ["--comm_dropout", 0.3, "--checkpoint_minutes", 0, "--lr_schedule", "one-cycle", "--log_dir"]
+    run(*args, tmp_path / "whole", small=False)
     killed = tmp_path / "killed"
-    kill_in_the_middle(start([*command, killed]), killed, epoch=0)
-    resume = [EXAMPLE / "train.py", "--loadsaved", "--log_dir", killed]
-    kill_in_the_middle(start(resume), killed, epoch=2)
-    assert start(resume).wait() == 0
+    kill_in_the_middle(start([EXAMPLE / "train.py", *args, killed]), killed, epoch=0)
+    resume = ["--loadsaved", "--log_dir", killed]
+    kill_in_the_middle(start([EXAMPLE / "train.py", *resume]), killed, epoch=2)
+    run(*resume, small=False)
     assert_same_run(tmp_path / "whole", killed)
     assert len(read_log(killed)) == 1 + 3
 
