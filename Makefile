@@ -39,7 +39,7 @@ $(VENV)/release: $(VENV)/packages | $(VENV)/tools
 
 $(VENV)/operator: $(VENV)/checkout $(wildcard setup.py src/rim_rnn/csrc/*)
 	rm -f src/rim_rnn/_native.*
-	python setup.py -q build_ext --inplace
+	python -W ignore setup.py -q build_ext --inplace
 	touch $@
 
 $(VENV)/ready: $(VENV)/packages $(VENV)/operator
@@ -70,7 +70,7 @@ test: setup
 	$(PYTEST) -m 'not tools'
 
 check:
-	$(MAKE) --jobs 2 whole
+	$(MAKE) --jobs 3 whole
 	$(PYTEST)
 
 # without the operator: what depends on the path, and does not name the one that it takes
@@ -78,7 +78,7 @@ ONCE := changed docs examples graphs mutants package speed typing
 readable: $(VENV)/packages
 	RIM_RNN_NATIVE=0 $(PYTEST) --quiet -m 'not tools' -k 'not readable' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
 
-# in an order that keeps two cores busy: pip, sphinx and the compiler use one each
+# in an order that keeps two cores busy, for pip, sphinx and mypy use one each
 whole: setup $(VENV)/tools $(VENV)/release lint docs package readable
 
 docs: setup $(VENV)/tools
