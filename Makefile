@@ -18,10 +18,10 @@ PYTEST := python -m pytest -n auto --dist worksteal
 
 setup: $(VENV)/ready
 
-# The checkout, what its extras bring one after the other, and beside them, where make runs two jobs, the operator in its place in src
+# The checkout, without an operator; then what its extras bring, and the operator, compiled into src
 $(VENV)/checkout: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch setuptools
+	$(PIP) torch setuptools numpy
 	RIM_RNN_NATIVE=0 $(PIP) --no-build-isolation --editable .
 	touch $@
 
@@ -33,13 +33,13 @@ $(VENV)/tools: $(VENV)/packages
 	$(PIP) 'rim-rnn[tools]'
 	touch $@
 
-$(VENV)/release: $(VENV)/packages | $(VENV)/tools
+$(VENV)/release: $(VENV)/packages
 	$(PIP) 'rim-rnn[release]'
 	touch $@
 
 $(VENV)/operator: $(VENV)/checkout $(wildcard setup.py src/rim_rnn/csrc/*)
 	rm -f src/rim_rnn/_native.*
-	python -W ignore setup.py -q build_ext --inplace
+	python setup.py -q build_ext --force --inplace
 	touch $@
 
 $(VENV)/ready: $(VENV)/packages $(VENV)/operator
@@ -73,13 +73,18 @@ check:
 	$(MAKE) --jobs 3 whole
 	$(PYTEST)
 
-# without the operator: what depends on the path, and does not name the one that it takes
+# Without the operator: not the cases that choose the readable path themselves, nor files in which the path makes no difference, or
+# which take the readable one anyway
 ONCE := changed docs examples graphs mutants package speed typing
 readable: $(VENV)/packages
-	RIM_RNN_NATIVE=0 $(PYTEST) --quiet -m 'not tools' -k 'not readable' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
+	RIM_RNN_NATIVE=0 $(PYTEST) --quiet -m 'not tools' -k 'not readable]' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
 
-# in an order that keeps two cores busy, for pip, sphinx and mypy use one each
+# In an order that keeps two cores busy, for pip, sphinx and mypy use one each; but only one pip at a time, and none beside docs
 whole: setup $(VENV)/tools $(VENV)/release lint docs package readable
+ifneq ($(filter whole,$(MAKECMDGOALS)),)
+$(VENV)/release: | $(VENV)/tools
+docs: | $(VENV)/release
+endif
 
 docs: setup $(VENV)/tools
 	python -m sphinx -W -n --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html

@@ -628,7 +628,7 @@ def test_a_parameter_that_others_tell(name: str, place: Place, rnn_cell: str) ->
 @pytest.mark.parametrize(
     ("how", "place"),
     [
-        *((how, place) for how in ("eager", "recorded") for place in PLACES[:3]),
+        *(pytest.param(how, *p.values, id=f"{how}-{p.id}", marks=p.marks) for how in ("eager", "recorded") for p in CASES[:3]),
         pytest.param("compiled", PLACES[0], marks=pytest.mark.slow),
     ],
 )

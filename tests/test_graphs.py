@@ -11,19 +11,17 @@ from test_integrations import KINDS, flat, fresh_compiler, kinds, layer, output_
 
 from rim_rnn import native, readable
 
+pytestmark = pytest.mark.slow
 MANY = 4
-"""Steps, more than are unrolled here."""
-
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_are_unrolled")]
 
 
 @pytest.fixture
-def few_are_unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a graph of few steps is traced in less time."""
+def four_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are unrolled: a graph of few steps is traced in less time."""
     monkeypatch.setattr(readable, "UNROLLED", MANY - 1)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler", "four_are_many")
 @pytest.mark.parametrize(
     "extra", [{}, {"bias": False}, {"input_dropout": 0.4, "comm_dropout": 0.4}], ids=["", "no bias", "drop"]
 )
@@ -43,7 +41,7 @@ def test_compiled_readable_path_agrees_with_eager_over_many_steps(kind: dict[str
             assert_same(*results)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler", "four_are_many")
 @pytest.mark.parametrize("steps", [2, MANY])
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
 def test_transforms_compile(transform: str, steps: int) -> None:
@@ -55,19 +53,18 @@ def test_transforms_compile(transform: str, steps: int) -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_compiled_graph_of_the_readable_path_does_not_grow_with_the_steps() -> None:
-    rnn, sizes = layer(KINDS[0]), []
+    rnn, sizes, many = layer(KINDS[0]), [], readable.UNROLLED + 1
 
     def count(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
         sizes.append(len(graph.graph.nodes))
         return graph.forward
 
     with native.readable():
-        for steps in (1, 2, MANY, 10 * MANY):
+        for steps in (1, 2, many, 10 * many):
             torch.compiler.reset()
             torch.compile(rnn, fullgraph=True, backend=count)(normal(steps, 2, 3, seed=0, dtype=torch.float32))
-    one, two, many, more = sizes
-    assert one < two  # few steps are unrolled, for the compiler to fuse what it finds
-    assert many == more < one
+    assert sizes[0] < sizes[1]  # few steps are unrolled, for the compiler to fuse what it finds
+    assert sizes[2] == sizes[3] < sizes[0]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {"num_comm_heads": 0, "bias": False}], ids=["LSTM", "GRU", "proj", "bare"])

@@ -78,19 +78,23 @@ onnx_noise = pytest.mark.filterwarnings(
 
 
 @onnx_noise
-def test_onnx(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU", "bidirectional": True, "batch_first": True}], ids=str)
+def test_onnx(options: dict[str, Any], tmp_path: Path) -> None:
     """In onnxruntime, with other numbers and another batch than those of the export, and with a first state."""
-    rnn, batch = layer(), torch.export.Dim("batch", min=2, max=64)
-    dims = ({1: batch}, ({1: batch}, {1: batch}))
-    session = Session(rnn, (torch.randn(2, 5, 3), states(rnn, 5)), dims, tmp_path / "rnn.onnx")
-    x, hx = torch.randn(2, 7, 3), states(rnn, 7)
-    assert_near(session(x, *hx), rnn(x, hx))
+    rnn, batch = layer(**options), torch.export.Dim("batch", min=2, max=64)
+    dims = ({0 if rnn.batch_first else 1: batch}, {1: batch} if rnn.mode == "GRU" else ({1: batch}, {1: batch}))
+    session = Session(rnn, (torch.randn(shape(rnn, 2, 5)), states(rnn, 5)), dims, tmp_path / "rnn.onnx")
+    x, hx = torch.randn(shape(rnn, 2, 7)), states(rnn, 7)
+    assert_near(session(x, *(hx if rnn.mode == "LSTM" else (hx,))), rnn(x, hx))
 
 
 @onnx_noise
 @pytest.mark.parametrize("name", OPTIONS)
 def test_onnx_takes_any_number_of_steps(name: str, tmp_path: Path) -> None:
-    """Time and batch both dynamic: one file for sequences of any length. Without biases and states all first bids are equal."""
+    """Time and batch both dynamic: one file for sequences of any length.
+
+    Without biases and states all first bids are equal; the GRU's first states are given.
+    """
     rnn = layer(**OPTIONS[name])
     steps, batch = torch.export.Dim("steps", min=2, max=4096), torch.export.Dim("batch", min=2, max=64)
     dims, given = dict(enumerate((batch, steps) if rnn.batch_first else (steps, batch))), name == "GRU"
