@@ -77,9 +77,10 @@ check:
 # which take the readable one anyway
 ONCE := changed docs examples graphs mutants package speed typing
 readable: $(VENV)/packages
-	RIM_RNN_NATIVE=0 $(PYTEST) --quiet -m 'not tools' -k 'not readable]' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
+	RIM_RNN_NATIVE=0 nice $(PYTEST) --quiet -m 'not tools' -k 'not readable]' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
 
-# In an order that keeps two cores busy, for pip, sphinx and mypy use one each; but only one pip at a time, and none beside docs
+# In an order that keeps two cores busy, for pip, sphinx and mypy use one each; but only one pip at a time, and none beside
+# docs. That chain is the longest, so the tests beside it are nice
 whole: setup $(VENV)/tools $(VENV)/release lint docs package readable
 ifneq ($(filter whole,$(MAKECMDGOALS)),)
 $(VENV)/release: | $(VENV)/tools
