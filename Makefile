@@ -12,7 +12,7 @@ SHELL := /bin/bash
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := python -m pip install --quiet --constraint constraints.txt
-PYTEST := python -m pytest -n auto --dist worksteal
+PYTEST := python -m pytest -n auto --maxschedchunk 1
 
 .PHONY: setup demo lint quick test check whole readable docs package wheels audit
 
