@@ -11,7 +11,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SHELL := /bin/bash
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP := python -m pip install --quiet --constraint constraints.txt
+# Half of an installation's time is compiling modules, most of which nobody imports: each is compiled, and kept, when first imported
+export PYTHONDONTWRITEBYTECODE :=
+PIP := python -m pip install --quiet --no-compile --constraint constraints.txt
 PYTEST := python -m pytest -n auto --maxschedchunk 1
 
 .PHONY: setup demo lint quick test check whole readable docs package wheels audit
