@@ -7,6 +7,7 @@ new ones. Warnings are errors; pyproject.toml says so.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -27,9 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_seed() -> Iterator[None]:
-    """Each test starts from the same generator state and leaves the default dtype as it found it."""
+def _as_if_alone() -> Iterator[None]:
+    """Each test starts from the same generator state, and leaves the default dtype as it found it and nothing compiled."""
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

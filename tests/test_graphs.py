@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from drawn import assert_same, normal
-from test_integrations import KINDS, flat, fresh_compiler, kinds, layer, output_and_gradients, some_state  # noqa: F401
+from test_integrations import KINDS, kinds, layer, output_and_gradients, some_state
 
 from rim_rnn import native, readable
 
@@ -21,7 +21,7 @@ def four_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readable, "UNROLLED", MANY - 1)
 
 
-@pytest.mark.usefixtures("fresh_compiler", "four_are_many")
+@pytest.mark.usefixtures("four_are_many")
 @pytest.mark.parametrize(
     "extra", [{}, {"bias": False}, {"input_dropout": 0.4, "comm_dropout": 0.4}], ids=["", "no bias", "drop"]
 )
@@ -41,7 +41,7 @@ def test_compiled_readable_path_agrees_with_eager_over_many_steps(kind: dict[str
             assert_same(*results)
 
 
-@pytest.mark.usefixtures("fresh_compiler", "four_are_many")
+@pytest.mark.usefixtures("four_are_many")
 @pytest.mark.parametrize("steps", [2, MANY])
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
 def test_transforms_compile(transform: str, steps: int) -> None:
@@ -51,7 +51,6 @@ def test_transforms_compile(transform: str, steps: int) -> None:
     assert_same(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 def test_the_compiled_graph_of_the_readable_path_does_not_grow_with_the_steps() -> None:
     rnn, sizes, many = layer(KINDS[0]), [], readable.UNROLLED + 1
 

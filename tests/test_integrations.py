@@ -45,13 +45,6 @@ def some_state(rnn: RIM[Any], batch: int) -> Any:
 # torch.compile and torch.export
 
 
-@pytest.fixture
-def fresh_compiler() -> Any:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def output_and_gradients(module: Any, parameters: list[nn.Parameter], x: Tensor, hx: Any) -> list[Tensor]:
     leaf = x.clone().requires_grad_()
     result = flat(module(leaf, hx))
@@ -60,7 +53,6 @@ def output_and_gradients(module: Any, parameters: list[nn.Parameter], x: Tensor,
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
 def test_compile_fullgraph_agrees_with_eager(backend: str, rnn_cell: str) -> None:
@@ -78,7 +70,6 @@ def test_compile_fullgraph_agrees_with_eager(backend: str, rnn_cell: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_of_default_sizes_agrees_with_eager_and_keeps_ties() -> None:
     """Without biases and states every unit bids 0 at the first step: the compiled layer, too, lets the lowest win."""
     rnn = RIM(3, 24, bias=False)
@@ -92,7 +83,6 @@ def test_compile_of_default_sizes_agrees_with_eager_and_keeps_ties() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("rnn_cell", ["LSTM", "GRU"])
 def test_compiled_cell_agrees_with_eager(rnn_cell: str) -> None:
     cell = strong(RIMCell(3, 8, num_units=4, k=3, rnn_cell=rnn_cell, dtype=torch.float64, **SMALL))
@@ -104,7 +94,6 @@ def test_compiled_cell_agrees_with_eager(rnn_cell: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_compiled_gru_output_changed_in_place(batch_first: bool) -> None:
     rnn = layer({"rnn_cell": "GRU"}, batch_first=batch_first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -360,8 +360,10 @@ def test_vmap_over_a_vjp_obtained_outside(kind: str, packed: bool) -> None:
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 3e-2}
 LAYOUTS = ("padded", "unbatched", "packed")
-STACKS = [*product((1, 2), (False, True), (False, True), TOLERANCES)]
-"""Layers, directions, batch_first, dtype."""
+STACKS = [
+    (*manner, dtype) for manner, dtype in zip(product((1, 2), (False, True), (False, True)), cycle(TOLERANCES), strict=False)
+]
+"""Layers, directions, batch_first, and a dtype: each pair of values once at least."""
 
 
 def pair(kind: str, layers: int, bidirectional: bool, batch_first: bool, dtype: torch.dtype) -> tuple[Any, RIM[Any]]:
@@ -423,8 +425,8 @@ def test_detached_in_place_wherever_torch_allows_it(kind: str, path: str) -> Non
                     found = gradients(weigh(results[others]), [*leaves, *ours.parameters()])
                     expected = gradients(weigh(untouched[others]), [*leaves_of_all, *ours.parameters()])
                     assert_identical(found, expected)
-    assert allowed["state"] > 150
-    assert allowed["output"] > 100
+    assert allowed["state"] > 50
+    assert allowed["output"] > 33
 
 
 @pytest.mark.slow
@@ -447,8 +449,6 @@ def test_changed_in_place_before_backward(kind: str, path: str) -> None:
             return str(error)
 
     for layers, bidirectional, batch_first, dtype in STACKS:
-        if bidirectional != (layers == 2) and dtype != torch.float32:
-            continue
         theirs, ours = pair(kind, layers, bidirectional, batch_first, dtype)
         for layout, what in product(LAYOUTS, ("output", "h", "all")):
             does = not isinstance(attempt(theirs, layout, what, True), str)
