@@ -82,7 +82,8 @@ readable: $(VENV)/packages
 	RIM_RNN_NATIVE=0 nice $(PYTEST) --quiet -m 'not tools' -k 'not readable]' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
 
 # In an order that keeps two cores busy, for pip, sphinx and mypy use one each; but only one pip at a time, and none beside
-# docs. That chain is the longest, so the tests beside it are nice
+# docs. That chain is the longest, so the tests beside it are nice; and each has one thread, for two jobs have two cores
+whole: export OMP_NUM_THREADS := 1
 whole: setup $(VENV)/tools $(VENV)/release lint docs package readable
 ifneq ($(filter whole,$(MAKECMDGOALS)),)
 $(VENV)/release: | $(VENV)/tools
