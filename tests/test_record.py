@@ -214,10 +214,9 @@ def test_recordings_can_be_nested_and_know_only_their_own_layer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_layer_records_the_same(backend: str) -> None:
+def test_a_compiled_layer_records_the_same() -> None:
     rnn, x = layer(num_layers=2), torch.randn(2, 2, 3)
-    compiled = torch.compile(rnn, backend=backend)
+    compiled = torch.compile(rnn, backend="aot_eager")
     with torch.no_grad():
         expected = compiled(x)
         with record(rnn) as records:

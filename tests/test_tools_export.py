@@ -16,7 +16,7 @@ from rim_rnn import RIM
 pytestmark = pytest.mark.tools
 SMALL: dict[str, Any] = {"key_size_input": 4, "key_size_comm": 3, "value_size_comm": 2, "num_comm_heads": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "GRU": {"rnn_cell": "GRU", "num_input_heads": 2, "num_layers": 2},
+    "GRU": {"rnn_cell": "GRU", "num_input_heads": 2},
     "LSTM": {"proj_size": 4, "bias": False, "bidirectional": True, "batch_first": True, "num_comm_heads": 0},
 }
 """Every option once."""
