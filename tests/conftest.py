@@ -1,4 +1,4 @@
-"""What every test shares: one thread, one seed, and the number of examples that hypothesis draws.
+"""What every test shares: its place in the order, one thread, one seed, and the number of examples that hypothesis draws.
 
 HYPOTHESIS_PROFILE picks a profile: `ci` (the default) draws the same few examples every time, `thorough` draws many
 new ones. Warnings are errors; pyproject.toml says so.

@@ -76,7 +76,9 @@ onnx_noise = pytest.mark.filterwarnings(
 
 
 @onnx_noise
-@pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU", "bidirectional": True, "batch_first": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_layers": 2}, {"rnn_cell": "GRU", "bidirectional": True, "batch_first": True}], ids=str
+)
 def test_onnx(options: dict[str, Any], tmp_path: Path) -> None:
     """In onnxruntime, with other numbers and another batch than those of the export, and with a first state."""
     rnn, batch = layer(**options), torch.export.Dim("batch", min=2, max=64)
