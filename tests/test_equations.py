@@ -387,7 +387,7 @@ def test_low_precision_does_not_change_who_wins(mode: str, heads: int) -> None:
     autocast, dtype = mode.startswith("autocast"), getattr(torch, mode.split()[-1])
     stored = torch.float32 if autocast else dtype
     rnn = RIM(8, 48, num_units=6, k=3, num_input_heads=heads, key_size_input=16, dtype=stored)
-    x, h, c = (normal(1, 20000, size, seed=i, dtype=stored) for i, size in enumerate((8, 48, 48)))
+    x, h, c = (normal(1, 8000, size, seed=i, dtype=stored) for i, size in enumerate((8, 48, 48)))
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         active = winners_of(rnn, x, (h, c))[0]
 
@@ -397,7 +397,7 @@ def test_low_precision_does_not_change_who_wins(mode: str, heads: int) -> None:
     bids = bids_of(rnn, x[0], h[0])
     ranked = bids.sort(descending=True).values
     clear = ranked[:, 2] - ranked[:, 3] > 2e-6
-    assert clear.sum() > 19900
+    assert clear.sum() > 7960
     in_low_precision = winners(bids_of(rnn, x[0], h[0], torch.float16 if dtype is torch.float32 else dtype))
     assert (in_low_precision != winners(bids))[clear].any(), "no bids here are close enough for precision to matter"
     assert torch.equal(active[clear], winners(bids)[clear])

@@ -66,7 +66,7 @@ def fit(layer):
     model = Characters(layer)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     data, curve = rows(train, 32), []
-    for _ in range(4):
+    for _ in range(3):
         state = None
         for start in range(0, len(data) - 33, 32):
             loss, state = loss_of(model, data, start, state)
