@@ -1204,6 +1204,7 @@ def deep_copy(rnn: Rnn) -> Any:
     return other(x)
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_layer_is_one_of_its_own() -> None:
     """After `rnn.compile()`, in which nn.LSTM's copy goes on with the weights of the first (torch 2.13)."""
     rnn, x = RIM(F, H), torch.randn(T, N, F)

@@ -246,6 +246,7 @@ def test_a_loop_of_narrow_cells_keeps_no_copies_of_weights() -> None:
     assert sum(t.numel() * t.element_size() for t in kept if not any(t is p for p in cell.parameters())) < weights / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_narrow_numbers_and_autocast_compile(autocast: bool) -> None:
     """Many steps are one node of the graph there too."""
