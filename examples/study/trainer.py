@@ -317,11 +317,11 @@ def schedule(name: str, steps: int, warmup_steps: int = 0) -> Callable[[int], fl
 
 def summary(line: dict[str, Any], task: Task, epochs: int) -> str:
     name, measure = next(iter(task.measures.items()))
-    parts = [f"epoch {line['epoch']}/{epochs}", f"train loss {line['train_loss']:.3f}", measure.title]
-    if f"valid_{name}" in line:
-        parts.append(f"validation {measure.show(line[f'valid_{name}'])}")
-    parts += [f"test {task.label(size)} {measure.show(value)}" for size, value in line[f"test_{name}"].items()]
-    return "  ".join([*parts, f"{line['seconds']:.0f} s"])
+    trained = [f"epoch {line['epoch']}/{epochs}", f"train loss {line['train_loss']:.3f}"]
+    evaluated = [f"validation {measure.show(line[f'valid_{name}'])}"] if f"valid_{name}" in line else []
+    evaluated += [f"test {task.label(size)} {measure.show(value)}" for size, value in line[f"test_{name}"].items()]
+    title = [measure.title] if evaluated else []  # not every epoch is evaluated
+    return "  ".join([*trained, *title, *evaluated, f"{line['seconds']:.0f} s"])
 
 
 def write_scalars(board: Any, line: dict[str, Any]) -> None:
