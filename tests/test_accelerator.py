@@ -120,21 +120,22 @@ def test_second_derivatives_are_those_of_the_cpu(kind: dict[str, Any]) -> None:
     assert_same(found[1], found[0], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @kinds
-def test_autocast_gives_the_dtypes_of_torch(kind: dict[str, Any], dtype: torch.dtype) -> None:
+def test_autocast_gives_the_dtypes_of_torch(kind: dict[str, Any]) -> None:
     """And values near those without it, and gradients of the parameters' own dtype."""
     rnn = RIM(5, 24, **kind, device=there)
-    x = normal(7, 4, 5, seed=1, dtype=torch.float32).to(there)
     sizes = (5, 24, kind.get("num_layers", 1), True, kind.get("batch_first", False), 0.0, kind.get("bidirectional", False))
     theirs: Any = nn.GRU(*sizes) if rnn.mode == "GRU" else nn.LSTM(*sizes, proj_size=rnn.proj_size)
     theirs.to(there)
-    with torch.autocast(there.type, dtype):
-        output, hx = rnn(x)
-        expected, expected_hx = theirs(x)
-    assert output.dtype == expected.dtype
-    assert [h.dtype for h in hx] == [h.dtype for h in expected_hx]
-    torch.testing.assert_close(output.float(), rnn(x)[0], rtol=0.1, atol=0.1)
+    x = normal(7, 4, 5, seed=1, dtype=torch.float32).to(there)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast(there.type, dtype):
+            output, hx = rnn(x)
+            expected, expected_hx = theirs(x)
+        assert output.dtype == dtype
+        if expected.dtype == dtype:  # cuDNN's is float16, whichever is asked for
+            assert [h.dtype for h in hx] == [h.dtype for h in expected_hx]
+        torch.testing.assert_close(output.float(), rnn(x)[0], rtol=0.1, atol=0.1)
     output.float().sum().backward()
     assert {p.grad.dtype for p in rnn.parameters() if p.grad is not None} == {torch.float32}
 
@@ -203,6 +204,7 @@ def test_a_training_step_is_captured_as_a_graph(kind: dict[str, Any]) -> None:
         )
 
 
+@pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled:UserWarning")  # Inductor's, about its own work
 def test_compiled_it_computes_the_same() -> None:
     rnn = RIM(5, 24, device=there, dtype=torch.float64)
     x = normal(4, 3, 5, seed=1).to(there)

@@ -1267,11 +1267,18 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
     fake_log(rim, tmp_path / "runs", 0, [0.8, 0.6], chosen=1)
     fake_log(rim, tmp_path / "runs", 1, [0.5, 0.7], chosen=2)
     (rim.log_dir(tmp_path / "runs", 0) / report.UNITS).write_bytes(b"a picture")
+    log = rim.log_dir(tmp_path / "runs", 0) / checkpoint.METRICS
+    header, *lines = checkpoint.read_metrics(log)
+    header["arguments"]["data_dir"], header["command"] = "my files", "python train.py --data_dir 'my files' --seed 0"
+    checkpoint.write_metrics(log.parent, [header, *lines])
     command(study_report, "--publish", tmp_path / "results")
     assert capsys.readouterr().out == (tmp_path / "results" / study_report.TABLE).read_text() + "\n"
     assert (rim.log_dir(tmp_path / "results", 0) / report.UNITS).read_bytes() == b"a picture"
     published = [rim.epochs(tmp_path / folder, 1) for folder in ("runs", "results")]
     assert published[0] == published[1]
+    header = rim.epochs(tmp_path / "results", 0)[0]
+    assert "data_dir" not in header["arguments"]
+    assert header["command"] == "python train.py --seed 0"
 
     page = tmp_path / "page.md"
     begin, end = marks("tiny, copying, in short", study_report.WRITER)

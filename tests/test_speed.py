@@ -618,6 +618,12 @@ def test_a_log_on_other_terms_has_one_table(document: dict[str, Any]) -> None:
     assert "A processor, 2 of 4 cores (AVX2)" in table
     assert table.endswith("    python examples/speed/measure.py")
     assert list(show.tables(document, "../results/avx2/native")) == ["avx2"]
+    assert "graphs" not in table
+    seconds = {"RIM, graph": [0.4, 0.4], "torch, graph": [0.01, 0.01]}
+    document["compiled"] = {"paper": {**document["cases"]["paper"], "seconds": {"forward": seconds, "train": seconds}}}
+    (table,) = show.tables(document, "../results/gpu/cuda").values()
+    assert "| as CUDA graphs |" in table
+    assert "\n| paper | 400 ms | 0.0250 | 400 ms | 0.0250 |\n" in table
 
 
 def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path) -> None:
@@ -648,7 +654,7 @@ def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path)
     ("log", "page"),
     [
         ("native", "README.md"),
-        *((log, "docs/performance.md") for log in ("native", "ablations", "avx2/native", "kept-memory/native")),
+        *((log, "docs/performance.md") for log in ("native", "ablations", "avx2/native", "kept-memory/native", "gpu/cuda")),
     ],
 )
 def test_a_page_has_the_figures_of_the_committed_log(log: str, page: str) -> None:

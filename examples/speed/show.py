@@ -83,7 +83,7 @@ def figure(value: float) -> str:
 
 def times(value: float) -> str:
     """A ratio: two decimals, and none that mean nothing."""
-    return f"{value:.2f}" if value < 10 else figure(value)
+    return f"{value:.2f}" if 0.1 <= value < 10 else figure(value)
 
 
 def layer_name(entry: Entry) -> str:
@@ -349,7 +349,19 @@ def terms_table(document: Entry, stem: str) -> str:
     for name, entry in {**document["cases"], **document.get("everyday", {})}.items():
         ways = [(f"{figure(milliseconds(entry, way, 'RIM'))} ms", times(ratios(entry, way)[1])) for way in WAYS]
         rows.append([name, *(cell for way in ways for cell in way)])
-    return "\n\n".join([grid(rows, 1), origin(document), commands(document)])
+    graphs = [["as CUDA graphs", *rows[0][1:]]]
+    for name, entry in document.get("compiled", {}).items():
+        if "RIM, graph" in entry["seconds"]["forward"]:
+            ways = [
+                (
+                    f"{figure(milliseconds(entry, way, 'RIM, graph'))} ms",
+                    times(ratios(entry, way, "torch, graph", "RIM, graph")[1]),
+                )
+                for way in WAYS
+            ]
+            graphs.append([name, *(cell for way in ways for cell in way)])
+    parts = [grid(table, 1) for table in (rows, graphs) if table[1:]]
+    return "\n\n".join([*parts, origin(document), commands(document)])
 
 
 def tables(document: Entry, stem: str) -> dict[str, str]:

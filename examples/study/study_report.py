@@ -10,6 +10,7 @@ where. Nothing but the logs is read, `metrics.jsonl` and `activity.json` of each
 """
 
 import json
+import shlex
 import shutil
 import statistics
 import sys
@@ -276,7 +277,8 @@ def publish(rows: list[Row], runs: Path, folder: Path) -> None:
             if not lines:
                 continue
             here.mkdir(parents=True, exist_ok=True)
-            lines[0]["arguments"].pop("data_dir", None)  # others have the data elsewhere
+            if data_dir := lines[0]["arguments"].pop("data_dir", None):  # others have the data elsewhere
+                lines[0]["command"] = lines[0]["command"].replace(f" --data_dir {shlex.quote(data_dir)}", "")
             replace(here / METRICS, "".join(json.dumps(line) + "\n" for line in lines).encode())
             for name in (ACTIVITY, *[UNITS] * (seed == row.seeds[0])):
                 if (there / name).exists():
