@@ -492,7 +492,9 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     assert_evaluated(expected, capsys)
     alone = tmp_path / "elsewhere"
     alone.mkdir()
-    (alone / checkpoint.WEIGHTS).write_bytes((tmp_path / checkpoint.WEIGHTS).read_bytes())
+    weights = checkpoint.load(tmp_path, checkpoint.WEIGHTS)
+    weights["header"]["arguments"]["cuda"] = not torch.cuda.is_available()  # trained where another device was
+    checkpoint.save(alone, weights, checkpoint.WEIGHTS)
     run("--no-train", "--log_dir", alone, "--data_dir", header["arguments"]["data_dir"], small=False)
     assert_evaluated(expected, capsys)
 

@@ -108,7 +108,9 @@ def parse(description: str | None, argv: list[str] | None = None) -> tuple[argpa
         if there not in TASKS or task not in (None, there):
             raise checkpoint.CheckpointError(f"{args.log_dir} holds a run of another task: {there}")
         parser = build_parser(there, description)
-        parser.set_defaults(**saved["header"]["arguments"])
+        given = saved["header"]["arguments"]
+        # an evaluation computes on what is here, wherever the model was trained
+        parser.set_defaults(**{name: value for name, value in given.items() if args.train or name != "cuda"})
     args = parser.parse_args(argv)
     check(parser, args)
     return args, saved

@@ -145,8 +145,9 @@ class Trainer:
         """Those that are evaluated, with the log. Where the data lay is left out: others have them elsewhere."""
         if self.processes.first:
             header = self.header | {"arguments": {n: v for n, v in self.header["arguments"].items() if n != "data_dir"}}
-            best = {"model": self.evaluated.state_dict()}
-            state = {"header": header, "metrics": self.metrics, "best": best}
+            weights = self.evaluated.state_dict()
+            weights.update({name: value.cpu() for name, value in weights.items()})
+            state = {"header": header, "metrics": self.metrics, "best": {"model": weights}}
             checkpoint.save(self.log_dir, state, checkpoint.WEIGHTS)
 
     def fit(self) -> None:
