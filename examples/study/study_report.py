@@ -160,6 +160,8 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
             epochs = np.flatnonzero(~np.isnan(values).any(0))  # those of which all runs have it
             draw_band(axis, list(epochs + 1), values[:, epochs], group, color)
         results = [chosen(run.epochs)[f"test_{name}"] for run in group.runs]
+        if not any(results):  # not tested yet
+            continue
         values = measure.factor * np.array([[result.get(str(size), np.nan) for size in sizes] for result in results])
         draw_band(against_size, sizes, values, group, color)
         for run in values:
