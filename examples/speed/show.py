@@ -344,23 +344,23 @@ def ablations_table(document: Entry, stem: str) -> str:
 
 
 def terms_table(document: Entry, stem: str) -> str:
-    """The cases again, on other terms: times and ratios, and where they come from."""
-    rows = [["case", "forward", "`nn.LSTM` / `RIM`", "forward + backward", "`nn.LSTM` / `RIM`"]]
-    for name, entry in {**document["cases"], **document.get("everyday", {})}.items():
-        ways = [(f"{figure(milliseconds(entry, way, 'RIM'))} ms", times(ratios(entry, way)[1])) for way in WAYS]
-        rows.append([name, *(cell for way in ways for cell in way)])
-    graphs = [["as CUDA graphs", *rows[0][1:]]]
-    for name, entry in document.get("compiled", {}).items():
-        if "RIM, graph" in entry["seconds"]["forward"]:
+    """The cases again, on other terms, and what was also timed as a CUDA graph: times and ratios, and where they come from."""
+    graphs = {
+        name: entry for name, entry in document.get("compiled", {}).items() if "RIM, graph" in entry["seconds"]["forward"]
+    }
+    parts = []
+    for title, suffix, entries in (
+        ("case", "", {**document["cases"], **document.get("everyday", {})}),
+        ("as CUDA graphs", ", graph", graphs),
+    ):
+        rows = [[title, "forward", "`nn.LSTM` / `RIM`", "forward + backward", "`nn.LSTM` / `RIM`"]]
+        for name, entry in entries.items():
+            ours, torchs = f"RIM{suffix}", f"torch{suffix}"
             ways = [
-                (
-                    f"{figure(milliseconds(entry, way, 'RIM, graph'))} ms",
-                    times(ratios(entry, way, "torch, graph", "RIM, graph")[1]),
-                )
-                for way in WAYS
+                (f"{figure(milliseconds(entry, way, ours))} ms", times(ratios(entry, way, torchs, ours)[1])) for way in WAYS
             ]
-            graphs.append([name, *(cell for way in ways for cell in way)])
-    parts = [grid(table, 1) for table in (rows, graphs) if table[1:]]
+            rows.append([name, *(cell for way in ways for cell in way)])
+        parts += [grid(rows, 1)] * bool(entries)
     return "\n\n".join([*parts, origin(document), commands(document)])
 
 
