@@ -1019,13 +1019,18 @@ def test_best_and_averaged_weights_are_checked_too(
 def test_no_train_evaluates_the_saved_model_and_leaves_the_run_alone(
     run: Callable[..., None], refused: Callable[..., str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for picture in (report.CURVES, report.UNITS):  # neither made nor made anew: they show the run as it was trained
+        (finished / picture).unlink()
     before = contents(finished)
     capsys.readouterr()
     run("--no-train", "--eval_sizes", 15, 20, "--log_dir", finished, small=False)
     accuracy = read_log(finished)[-1]["test_accuracy"]["15"]
     assert f"| RIM | 15x15 | 20x20 |\n| --- | ---: | ---: |\n| accuracy, % | {100 * accuracy:.1f} | " in capsys.readouterr().out
-    after = contents(finished)
-    assert [name for name in after if after[name] != before.get(name)] in ([], [report.UNITS])
+    assert contents(finished) == before
+    (finished / checkpoint.CHECKPOINT).unlink()
+    weights = finished / checkpoint.WEIGHTS
+    weights.write_bytes(edited(lambda s: s["best"]["model"].pop(QUERY))(weights.read_bytes()))
+    assert f"{weights}: best.model.{QUERY} is missing" in refused("--no-train", "--log_dir", finished)
     assert "weights.pt: no such file" in refused("--no-train", "--log_dir", tmp_path / "nothing")
 
 

@@ -134,7 +134,11 @@ def run(args: argparse.Namespace, saved: dict[str, Any] | None, processes: Proce
     processes.wait()  # all have looked at log_dir, now the first one may write
     folder = Path(args.log_dir)
     if not args.train:
-        finish(folder, trainer, saved["header"], saved["metrics"], trainer.evaluate())
+        results = trainer.evaluate()
+        if processes.first:
+            print(report.table(saved["header"], results))
+            if saved["metrics"]:
+                print("\nin the log:\n" + report.table(saved["header"], report.chosen(saved["metrics"])))
         return
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.locked(folder) if processes.first else nullcontext():
@@ -142,22 +146,16 @@ def run(args: argparse.Namespace, saved: dict[str, Any] | None, processes: Proce
             trainer.fit()
         trainer.load_evaluated(trainer.state())
         trainer.save_weights()
-        finish(folder, trainer, header, trainer.metrics, report.chosen(trainer.metrics))
+        if processes.first:
+            finish(folder, trainer)
 
 
-def finish(
-    folder: Path, trainer: Trainer, header: dict[str, Any], metrics: list[dict[str, Any]], results: dict[str, Any]
-) -> None:
-    """A table of `results`, and the pictures of the run."""
-    if not trainer.processes.first:
-        return
-    print(report.table(header, results))
-    if not trainer.args.train and metrics:
-        print("\nin the log:\n" + report.table(header, report.chosen(metrics)))
-    if header["arguments"]["model"] == "RIM":
+def finish(folder: Path, trainer: Trainer) -> None:
+    """A table of what the run came to, and its pictures."""
+    print(report.table(trainer.header, report.chosen(trainer.metrics)))
+    if trainer.args.model == "RIM":
         report.draw_units(folder, trainer.task, trainer.evaluated)
-    if metrics:
-        report.draw_curves(folder / report.CURVES, header, metrics)
+    report.draw_curves(folder / report.CURVES, trainer.header, trainer.metrics)
     print(f"log, checkpoint and pictures are in {folder}")
 
 

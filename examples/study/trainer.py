@@ -96,7 +96,7 @@ class Trainer:
         weights = saved.get(part)
         if saved["best"]:
             part, model, weights = "best.model", self.evaluated, saved["best"].get("model")
-        self.check(model.state_dict(), weights, part)
+        self.check(model.state_dict(), weights, part, checkpoint.CHECKPOINT if "progress" in saved else checkpoint.WEIGHTS)
         model.load_state_dict(weights)
 
     def load_state(self, saved: dict[str, Any]) -> None:
@@ -129,12 +129,12 @@ class Trainer:
         self.begin_epoch()
         self.progress = position
 
-    def check(self, expected: Any, found: Any, name: str = "") -> None:
+    def check(self, expected: Any, found: Any, name: str = "", file: str = checkpoint.CHECKPOINT) -> None:
         for difference in checkpoint.differences(expected, found, name):
-            self.refuse(difference)
+            self.refuse(difference, file)
 
-    def refuse(self, reason: str) -> None:
-        raise checkpoint.CheckpointError(f"{self.log_dir / checkpoint.CHECKPOINT}: {reason}")
+    def refuse(self, reason: str, file: str = checkpoint.CHECKPOINT) -> None:
+        raise checkpoint.CheckpointError(f"{self.log_dir / file}: {reason}")
 
     def save(self) -> None:
         state = self.state()
