@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -461,6 +462,22 @@ def test_a_row_gets_the_same_bits_in_every_batch(dtype: torch.dtype, steps: int)
         part, part_last, _ = native.scan(cell, x[:, rows], tuple(s[rows] for s in state))
         assert torch.equal(part, output[:, rows])
         assert all(torch.equal(a, b[rows]) for a, b in zip(part_last, last, strict=True))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors are as fast with such numbers")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dtype", "tiny"), [(torch.float32, 1e-41), (torch.float64, 1e-310)])
+@pytest.mark.parametrize("steps", [2, 60])  # weights as they lie; and weights packed, in several threads
+def test_numbers_below_the_smallest_normal_one_count_as_zero(steps: int, dtype: torch.dtype, tiny: float, threads: int) -> None:
+    """Where a gradient vanishes most numbers are such, and would take ten times as long; outside a call nothing changes."""
+    cell = make(hidden_size=96, dtype=dtype)
+    x = torch.randn(steps, 40, 5, dtype=dtype, requires_grad=True)
+    with number_of_threads(threads):
+        for take in (native.scan, RIMCell.scan):
+            output, _ = take(cell, x, states(cell, 40))[:2]
+            found = torch.autograd.grad(output, [x, *cell.parameters()], torch.full_like(output, tiny))
+            assert {bool(t.any()) for t in found} == {take is RIMCell.scan}
+            assert (torch.full((1_000_000,), 2 * tiny, dtype=dtype) * 0.5 == tiny).all()
 
 
 def test_strided_inputs_and_nothing_written() -> None:

@@ -654,7 +654,9 @@ def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path)
     ("log", "page"),
     [
         ("native", "README.md"),
-        *((log, "docs/performance.md") for log in ("native", "ablations", "avx2/native", "kept-memory/native", "gpu/cuda")),
+        *((log, "docs/performance.md") for log in ("native", "ablations")),
+        *((f"{folder}/native", "docs/performance.md") for folder in ("avx2", "kept-memory", "last", "last-avx2")),
+        ("gpu/cuda", "docs/performance.md"),
     ],
 )
 def test_a_page_has_the_figures_of_the_committed_log(log: str, page: str) -> None:

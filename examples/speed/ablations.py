@@ -208,6 +208,12 @@ ABLATIONS = [
         keeps_memory=False,
     ),
     Ablation(
+        "numbers below the smallest normal one count as 0, also where a gradient vanishes",
+        (*LONG, "last"),
+        ((PLAN, "_mm_setcsr(before_ | 0x8040);", ""),),
+        needs=("AVX512", "AVX2"),
+    ),
+    Ablation(
         "nothing kept for a backward pass that will not come",
         ALL,
         (

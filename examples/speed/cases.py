@@ -27,6 +27,8 @@ class Case:
     k: int | None = None
     value_size_comm: int | None = None
     dtype: str = "float32"
+    last: bool = False
+    """Only the last output is read, so that the gradient vanishes towards the first step."""
 
     @property
     def lengths(self) -> list[int]:
@@ -43,7 +45,7 @@ class Case:
         extra = [f"{self.num_layers} layers"] * (self.num_layers > 1)
         extra += ["both directions"] * self.bidirectional + [self.rnn_cell] * (self.rnn_cell != "LSTM")
         extra += [f"packed, lengths {self.shortest} to {self.steps}"] * (self.shortest > 0)
-        extra += [self.dtype] * (self.dtype != "float32")
+        extra += [self.dtype] * (self.dtype != "float32") + ["the last output read"] * self.last
         sizes = f"T={self.steps}, N={self.batch}, {self.input_size} → {self.hidden_size}"
         return ", ".join([sizes, *extra])
 
@@ -61,6 +63,7 @@ CASES = {
     "bidirectional": replace(PAPER, bidirectional=True),
     "gru": replace(PAPER, rnn_cell="GRU"),
     "bfloat16": Case(196, 64, 64, 600, dtype="bfloat16"),
+    "last": Case(400, 64, 16, 128, last=True),
 }
 
 # Recurrent policies, forecasters, small language models: with LSTM and with GRU units.
@@ -121,6 +124,7 @@ class Data:
         x = torch.randn(case.steps, case.batch, case.input_size, generator=random).to(device, getattr(torch, case.dtype))
         features = case.hidden_size * (2 if case.bidirectional else 1)
         self.gradient = torch.randn(case.steps, case.batch, features, generator=random).to(x)
+        self.gradient[: case.steps - 1] *= not case.last
         self.input: Tensor | PackedSequence = x
         self.leaf = x
         if case.shortest:

@@ -174,4 +174,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # a vanishing gradient is full of numbers below 1e-38, each of which takes a CPU long
     main()

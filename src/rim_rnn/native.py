@@ -1,8 +1,9 @@
 """The fast path: a whole sequence of one cell, forward and backward, in one native operator (``csrc/``).
 
 It is equal to :meth:`Step.scan` because it computes the same four stages from the same parameters: ``csrc/step.h`` has them
-by name and in order, and only multiplies the weights that meet ``x`` out first, which changes rounding and nothing else. The
-readable path stays the definition; ``tests/test_native.py`` holds every output and every gradient of this one against it.
+by name and in order, and only multiplies the weights that meet ``x`` out first, which changes rounding and nothing else. (On
+x86, numbers below the smallest normal one count as 0.) The readable path stays the definition; ``tests/test_native.py``
+holds every output and every gradient of this one against it.
 """
 
 import os
