@@ -1240,6 +1240,18 @@ def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
         "| RIM 3/2 | 0, 1 | last: 2, 2 | 65.0 ± 7.1 | 65.0 ± 7.1 | 32.5 ± 3.5 | 2.0 min |\n"
         "| LSTM, *unfinished* | 0 | chosen, last: 1 of 2 | 90.0 | 90.0 | 45.0 | 1.0 min |\n"
     ) in capsys.readouterr().out
+    begin, end = marks("tiny, copying, epoch by epoch", study_report.WRITER)
+    (tmp_path / "page.md").write_text(f"{begin}\n{end}\n")
+    command(study_report, "--rows", "LSTM", "RIM 3/2", "--write", tmp_path / "page.md")
+    assert (
+        "| cross-entropy | seed | epoch | validation | 3 | 5 |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| RIM 3/2 | 0 | 1 | 0.080 | 0.080 | 0.040 |\n"
+        "| RIM 3/2 | 0 | 2 | 0.060 | 0.060 | 0.030 |\n"
+        "| RIM 3/2 | 1 | 1 | 0.050 | 0.050 | 0.025 |\n"
+        "| RIM 3/2 | 1 | 2 | 0.070 | 0.070 | 0.035 |\n"
+        "| LSTM | 0 | 1 | 0.090 | 0.090 | 0.045 |\n"
+    ) in (tmp_path / "page.md").read_text()
     with pytest.raises(SystemExit, match=r"is of a run with other arguments: lr 0\.01, not 0\.02"):
         command(study_report, text=STUDY.replace("1e-2", "2e-2"))
 
@@ -1318,7 +1330,9 @@ def test_a_page_has_the_tables_of_the_committed_logs(
     study_report.main()
 
 
-@pytest.mark.parametrize("name", ["study.toml", "search.toml", "search_pixel.toml", "methods.toml", "demo.toml"])
+@pytest.mark.parametrize(
+    "name", ["study.toml", "by_epoch.toml", "search.toml", "search_pixel.toml", "methods.toml", "demo.toml"]
+)
 def test_every_row_of_the_studies_can_be_built_and_is_in_the_table(name: str, tmp_path: Path) -> None:
     rows = study.read(EXAMPLE / name)
     text = study_report.write(Namespace(runs=tmp_path, study=Path("x.toml"), seeds=None), rows)

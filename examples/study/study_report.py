@@ -217,6 +217,18 @@ def short_table(task: type[Task], groups: list[Group]) -> str:
     return markdown(rows)
 
 
+def epochs_table(task: type[Task], groups: list[Group]) -> str:
+    """The first measure after every epoch of each run that was tested after every one."""
+    (name, measure), sizes = next(iter(task.measures.items())), test_sizes(groups)
+    rows = [[measure.title, "seed", "epoch", "validation", *map(task.label, sizes)]]
+    for run in (run for group in groups for run in group.runs):
+        if all(line[f"test_{name}"] for line in run.epochs):
+            rows += [
+                [run.row.name, str(run.seed), str(line["epoch"]), *cells([line], name, sizes, measure)] for line in run.epochs
+            ]
+    return markdown(rows)
+
+
 def origin(headers: list[dict[str, Any]]) -> str:
     """Where the figures come from."""
     commits = {place["commit"] for header in headers for place in (header, *header.get("resumed", []))}
@@ -232,7 +244,7 @@ def origin(headers: list[dict[str, Any]]) -> str:
 
 
 def tables(args: Namespace, rows: list[Row]) -> dict[str, str]:
-    """Every table under the name of its marks: for each task all measures, and the first of them in short."""
+    """Every table under the name of its marks: for each task all measures, and the first of them in short and by epoch."""
     result = {}
     for task_name in dict.fromkeys(row.task for row in rows):
         task, name = TASKS[task_name], f"{args.study.stem}, {task_name}"
@@ -242,6 +254,7 @@ def tables(args: Namespace, rows: list[Row]) -> dict[str, str]:
         result[name] = "\n\n".join([*parts, origin(headers)] if headers else parts)
         seeds = f", seed {' '.join(map(str, args.seeds))}" if args.seeds else ""
         result[f"{name}, in short{seeds}"] = short_table(task, groups)
+        result[f"{name}, epoch by epoch"] = epochs_table(task, groups)
     return result
 
 
