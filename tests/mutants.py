@@ -191,7 +191,7 @@ MUTANTS = [
     ),
     Mutant("LSTM gates i and f swapped", DYNAMICS, "i, f, g, o = torch.baddbmm", "f, i, g, o = torch.baddbmm"),
     Mutant("LSTM gates g and o swapped", DYNAMICS, "i, f, g, o = torch.baddbmm", "i, f, o, g = torch.baddbmm"),
-    Mutant("LSTM without its second bias", DYNAMICS, "else bias_ih + bias_hh", "else bias_ih"),
+    Mutant("LSTM without its second bias", DYNAMICS, "return bias_ih + bias_hh", "return bias_ih"),
     Mutant("LSTM output without tanh", DYNAMICS, "torch.sigmoid(o) * torch.tanh(c)", "torch.sigmoid(o) * c"),
     Mutant("GRU gate z the other way round", DYNAMICS, "((1 - z) * n + z * h,)", "(z * n + (1 - z) * h,)"),
     Mutant("GRU gates r and z swapped", DYNAMICS, "r, z = torch.sigmoid", "z, r = torch.sigmoid"),

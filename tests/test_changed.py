@@ -625,6 +625,20 @@ def test_a_parameter_that_others_tell(name: str, place: Place, rnn_cell: str) ->
     assert negative.calls == 1
 
 
+@places
+@units
+@pytest.mark.parametrize("gone", ["bias_ih", "bias_hh"])
+def test_a_bias_that_is_taken_away_leaves_the_other(gone: str, place: Place, rnn_cell: str) -> None:
+    module, zeros = place.make(rnn_cell), place.make(rnn_cell)
+    setattr(at(module, "dynamics"), gone, None)
+    nn.init.zeros_(getattr(at(zeros, "dynamics"), gone))
+    parameters = list(zeros.parameters())
+    expected = results(place, zeros)
+    del expected[[p is getattr(at(zeros, "dynamics"), gone) for p in parameters].index(True) - len(parameters)]
+    assert_same(results(place, module), expected)
+    assert "where the cell keeps it" in reason(place, module) or native._unavailable is not None
+
+
 @units
 @pytest.mark.parametrize(
     ("how", "place"),

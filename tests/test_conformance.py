@@ -1511,6 +1511,15 @@ for name, values in BAD_CELL_ARGUMENTS.items():
         CELL_MISTAKES[f"cell_with_{name}={bad!r}"] = lambda rnn, name=name, bad=bad: rnn(
             **{"input_size": F, "hidden_size": H, name: bad}
         )
+
+
+@cell_row
+def construct_cell_with_numpy_sizes(rnn: Rnn) -> Any:
+    """As a product of the shape of an observation has them."""
+    numpy = pytest.importorskip("numpy")
+    return rnn(numpy.prod((2, F)), numpy.int64(H))(torch.randn(N, 2 * F))
+
+
 CELL_ROWS |= {
     "cell": lambda rnn: rnn(F, H)(torch.randn(N, F)),
     "cell_with_states": lambda rnn: rnn(F, H)(torch.randn(N, F), rnn.state(N, H)),

@@ -27,6 +27,7 @@ from rim_rnn.units import (
     describe,
     divide,
     leaf,
+    plain_int,
     refuse_to_script,
     reset,
     unite,
@@ -221,6 +222,7 @@ class RIMCell(Step, Generic[StateT]):
         comm_dropout: float = 0.0,
         comm_bounded: bool = True,
     ) -> None:
+        input_size, hidden_size, proj_size = plain_int(input_size), plain_int(hidden_size), plain_int(proj_size)
         check_sizes(rnn_cell, input_size, hidden_size, bias, proj_size)
         if num_units is None:
             num_units = choose_num_units(hidden_size, proj_size)

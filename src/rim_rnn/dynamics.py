@@ -125,7 +125,9 @@ class LSTMDynamics(Dynamics):
     def read_bias(self) -> Tensor | None:
         """Both biases: they only ever meet in a sum."""
         bias_ih, bias_hh = self.bias_ih, self.bias_hh
-        return None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
+        if bias_ih is None or bias_hh is None:
+            return bias_hh if bias_ih is None else bias_ih
+        return bias_ih + bias_hh
 
     def update(self, gates_x: Tensor, state: State) -> State:
         h, c = state
