@@ -487,7 +487,10 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     expected = f"| RIM, epoch 2 | validation | 15x15 |\n| --- | ---: | ---: |\n| accuracy, % | 60.0 | {accuracy} |\n"
     assert expected in capsys.readouterr().out
     assert epochs == saved["metrics"]
-    expected = [f"{accuracy} |", f"60.0 | {accuracy} |"]  # what is validated now was not made up
+    with torch.no_grad():
+        hits = model(task.valid().inputs).argmax(2) == task.valid().targets
+    validated = f"{100 * hits.double().mean():.1f}"  # now it is not made up
+    expected = [f"| {validated} | {accuracy} |", f"| 60.0 | {accuracy} |"]
     run("--no-train", "--log_dir", tmp_path, small=False)
     assert_evaluated(expected, capsys)
     alone = tmp_path / "elsewhere"
@@ -792,6 +795,23 @@ def test_two_processes_do_not_work_on_one_run(finished: Path, run: Callable[...,
     run("--loadsaved", "--epochs", 2, "--log_dir", finished)
 
 
+def test_a_run_that_another_process_went_on_with_meanwhile_goes_on_from_there(
+    finished: Path, run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one begins and ends while this one reads its data and builds its model."""
+    run("--epochs", 3, "--log_dir", tmp_path / "whole")
+    real = train.prepare
+
+    def late(*args: Any) -> Any:
+        monkeypatch.setattr(train, "prepare", real)
+        run("--loadsaved", "--epochs", 2, "--log_dir", finished, small=False)
+        return real(*args)
+
+    monkeypatch.setattr(train, "prepare", late)
+    run("--loadsaved", "--epochs", 3, "--log_dir", finished, small=False)
+    assert_same_run(tmp_path / "whole", finished)
+
+
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to kill in /proc")
 
 
@@ -862,6 +882,32 @@ def test_epochs_may_be_added(run: Callable[..., None], finished: Path, tmp_path:
     run("--loadsaved", "--epochs", 2, "--log_dir", finished, small=False)
     run("--epochs", 2, "--log_dir", tmp_path / "whole")
     assert_same_run(tmp_path / "whole", finished)
+
+
+def test_a_run_with_epochs_to_go_is_not_finished(
+    run: Callable[..., None], refused: Callable[..., str], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it ended before, and wherever it is stopped: here between its last epoch and its pictures."""
+    row = study.Row("run", "sequential_mnist", [0], [], Namespace(**read_log(finished)[0]["arguments"] | {"epochs": 2}))
+    monkeypatch.setattr(study.Row, "log_dir", lambda row, runs, seed: finished)
+    with monkeypatch.context() as patch:
+
+        def stopped(self: trainer.Trainer) -> None:
+            raise trainer.Stopped
+
+        patch.setattr(trainer.Trainer, "test_chosen", stopped)
+        refused("--loadsaved", "--epochs", 2, "--log_dir", finished, small=False)
+    assert len(read_log(finished)) == 3
+    assert not row.finished(finished, 0)
+    run("--loadsaved", "--log_dir", finished, small=False)
+    assert row.finished(finished, 0)
+
+
+def test_epochs_may_not_be_taken_away(run: Callable[..., None], refused: Callable[..., str], finished: Path) -> None:
+    run("--loadsaved", "--epochs", 2, "--log_dir", finished, small=False)
+    before = contents(finished)
+    assert "holds 2 epochs, more than --epochs 1" in refused("--loadsaved", "--epochs", 1, "--log_dir", finished, small=False)
+    assert contents(finished) == before
 
 
 def test_epochs_may_not_be_added_to_a_cosine(run: Callable[..., None], refused: Callable[..., str], tmp_path: Path) -> None:
@@ -1074,6 +1120,17 @@ def test_two_processes_have_the_losses_of_one_and_go_on_after_sigkill(
         torch.testing.assert_close(models[1][name], parameter, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of files")
+def test_two_processes_end_where_the_first_one_alone_is_refused(finished: Path) -> None:
+    before = contents(finished)
+    with checkpoint.locked(finished):
+        command = [sys.executable, *map(str, torchrun("--loadsaved", "--log_dir", finished))]
+        ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert f"error: {finished}: another process is at work on this run\n" in ended.stderr
+    assert contents(finished) == before
+
+
 def test_each_process_goes_on_with_its_own_dropout(finished: Path) -> None:
     saved = checkpoint.load(finished)
     saved["generators"]["cpu"] = [torch.Generator().manual_seed(seed).get_state() for seed in (1, 2)]
@@ -1206,7 +1263,7 @@ def test_a_study_goes_on_past_a_run_that_fails(
 
 
 HEADER = {
-    "commit": "0123456789abcdef", "torch": "2.99", "python": "3.99", "platform": "Linux-1", "device": "a processor",
+    "commit": f"{'0123456789' * 4}-dirty", "torch": "2.99", "python": "3.99", "platform": "Linux-1", "device": "a processor",
     "began": "2026-01-01T00:00:00+00:00",
 }  # fmt: skip
 
@@ -1254,6 +1311,13 @@ def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
     ) in (tmp_path / "page.md").read_text()
     with pytest.raises(SystemExit, match=r"is of a run with other arguments: lr 0\.01, not 0\.02"):
         command(study_report, text=STUDY.replace("1e-2", "2e-2"))
+    with pytest.raises(SystemExit, match="other arguments: epochs 2, not 4; lr_schedule constant, not cosine"):
+        command(study_report, text=STUDY.replace("epochs = 2", 'epochs = 4\nlr_schedule = "cosine"'))
+    log = rim.log_dir(tmp_path / "runs", 0) / checkpoint.METRICS
+    log.write_text(log.read_text().replace('"ema": 0.0, ', ""))  # from before there was that argument
+    command(study_report)
+    with pytest.raises(SystemExit, match=r"other arguments: ema 0\.0, not 0\.9"):
+        command(study_report, text=STUDY.replace("epochs = 2", "epochs = 2\nema = 0.9"))
 
 
 @pytest.mark.parametrize(
@@ -1263,6 +1327,7 @@ def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
         ("[copying]", "[copying", "tiny.toml: "),
         ('task = "copying"\nmodel', 'task = "sorting"\nmodel', "a row needs a name and a task"),
         ("seeds = [0]", "seeds = 0", "LSTM needs a list of seeds"),
+        ("seeds = [0]", "seeds = [0, 3, 0]", "LSTM has a seed twice"),
         ('name = "LSTM"', 'name = "RIM 3-2"', "two rows of copying have the name RIM 3"),
         ("num_units", "num_unts", "tiny.toml: RIM 3/2: error: unrecognized arguments: --num_unts 3"),
         ('model = "LSTM"', 'model = "LSTM"\nk = 2', "tiny.toml: LSTM: error: --k belongs to a RIM"),
@@ -1360,5 +1425,5 @@ def test_the_error_of_a_sum_is_beside_that_of_a_constant_guess(tmp_path: Path) -
     table = study_report.write(Namespace(runs=tmp_path, study=Path("x.toml"), seeds=None), rows)
     assert "| LSTM | 0 | last: 2 |  | 0.1000 | 0.2000 | 0.4 min |\n| always 1 |  |  |  | 0.1600 | 0.1700 |  |\n" in table
     assert "![curves](adding/curves.png)" in table
-    assert "\n\na processor, Linux; torch 2.99; Python 3.99; commit 0123456789ab; begun 2026-01-01.\n" in table
+    assert "\n\na processor, Linux; torch 2.99; Python 3.99; commit 012345678901-dirty; begun 2026-01-01.\n" in table
     assert not (tmp_path / "adding" / "units.png").exists()

@@ -63,6 +63,7 @@ class Processes:
             distributed.barrier()
 
     def close(self) -> None:
+        """The end of all of them. One that fails just ends: it may be alone in that, and torchrun then ends the others."""
         if self.count > 1:
             distributed.barrier()  # one that leaves while others still talk may abort at its end
             distributed.destroy_process_group()

@@ -4,7 +4,9 @@ python report.py LOG PICTURE             # table and first picture once more, fr
 """
 
 import argparse
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,10 @@ def table(header: dict[str, Any], results: dict[str, Any]) -> str:
     """Each measure on the validation examples, where there are any, and at each size of test."""
     task = TASKS[header["task"]]
     sizes = list(results[f"test_{next(iter(task.measures))}"])
-    name = header["arguments"]["model"] + (f", epoch {results['epoch']}" if "chosen" in results else "")
-    rows = [[name, *["validation"] * ("chosen" in results), *map(task.label, sizes)]]
+    title = header["arguments"]["model"] + (f", epoch {results['epoch']}" if "chosen" in results else "")
+    rows = [[title, *["validation"] * ("valid_loss" in results), *map(task.label, sizes)]]
     for name, measure in task.measures.items():
-        values = [results[f"valid_{name}"]] if "chosen" in results else []
+        values = [results[f"valid_{name}"]] if "valid_loss" in results else []
         values += [results[f"test_{name}"][size] for size in sizes]
         rows.append([measure.title, *map(measure.show, values)])
     return markdown(rows)
@@ -91,7 +93,9 @@ def draw_curves(path: Path, header: dict[str, Any], epochs: list[dict[str, Any]]
         draw_guess(axes[0], task)
         axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
         figure.suptitle(f"{args['model']}, {args['hidden_size']} hidden, seed {args['seed']}", x=0.01, ha="left")
-        figure.savefig(path)
+        content = io.BytesIO()
+        figure.savefig(content, format=path.suffix[1:] or None)
+        checkpoint.replace(path, content.getvalue())
         plt.close(figure)
 
 
@@ -175,6 +179,8 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="the file to draw the curves into")
     args = parser.parse_args()
     header, *epochs = checkpoint.read_metrics(args.log)
+    if not epochs:
+        sys.exit(f"error: {args.log}: no epoch is in it yet")
     print(table(header, chosen(epochs)))
     draw_curves(args.picture, header, epochs)
 

@@ -27,7 +27,7 @@ import report
 import torch
 from processes import asked_to_stop
 from tasks import TASKS
-from train import CHANGEABLE
+from train import differences, fixed
 
 try:
     import tomllib
@@ -59,18 +59,14 @@ class Row(NamedTuple):
         log = self.log_dir(runs, seed) / checkpoint.METRICS
         lines = checkpoint.read_metrics(log) if log.exists() else []
         if lines:
-            wanted = vars(self.arguments) | {"seed": seed}
-            others = [
-                f"{name} {found}, not {wanted.get(name)}"
-                for name, found in lines[0]["arguments"].items()
-                if name not in CHANGEABLE | {"cuda"} and found != wanted.get(name)
-            ]
+            found, wanted = lines[0]["arguments"], vars(self.arguments) | {"seed": seed}
+            others = differences(self.task, found, wanted, fixed(found, wanted) - {"cuda"})
             if others:
-                raise StudyError(f"{log} is of a run with other arguments: {'; '.join(others)}")
+                raise StudyError(f"{log} is of a run with other arguments: {others}")
         return lines
 
     def finished(self, runs: Path, seed: int) -> bool:
-        """Whether all epochs are in the log, and the pictures that are drawn after them are there."""
+        """Whether all epochs are in the log, and the picture that is drawn last is there."""
         complete = len(self.epochs(runs, seed)) > self.arguments.epochs
         return complete and (self.log_dir(runs, seed) / report.CURVES).exists()
 
@@ -114,6 +110,8 @@ def read_row(path: Path, content: dict[str, Any], given: dict[str, Any]) -> Row:
     seeds = given.pop("seeds", None)
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise StudyError(f"{path}: {name} needs a list of seeds")
+    if len(set(seeds)) < len(seeds):
+        raise StudyError(f"{path}: {name} has a seed twice: {seeds}")
     parser = arguments.build_parser(task)
     parser.usage, parser.prog = argparse.SUPPRESS, f"{path}: {name}"
     args = parser.parse_args(flags(given))

@@ -176,8 +176,8 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
             axis.set_ylim((0, 100) if name == "accuracy" else (0, None))
             axis.grid(axis="y", color="#e6e8eb", linewidth=0.8)
         axes[0, 0].set_ylabel(measure.title)
-        axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
         if kind == "curves" or sizes:
+            axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
             figure.savefig(folder / f"{kind}.png")
         plt.close(figure)
 
@@ -237,7 +237,7 @@ def origin(headers: list[dict[str, Any]]) -> str:
         {f"{header['device']}, {header['platform'].split('-')[0]}" for header in headers},
         {f"torch {place['torch']}" for header in headers for place in (header, *header.get("resumed", []))},
         {f"Python {header['python']}" for header in headers},
-        {f"commit {commit[:12]}" for commit in commits if commit},
+        {f"commit {commit[:12]}{commit[40:]}" for commit in commits if commit},  # and whether it was -dirty
         {f"begun {' to '.join(sorted({days[0], days[-1]}))}"},
     ]
     return "; ".join(", ".join(sorted(kind)) for kind in kinds if kind) + "."

@@ -23,7 +23,7 @@ from typing import Any
 import checkpoint
 import report
 import torch
-from arguments import parse
+from arguments import build_parser, parse
 from model import MODEL_ARGUMENTS, Model
 from processes import Processes, asked_to_stop
 from tasks import TASKS, Task
@@ -82,14 +82,25 @@ def check_log_dir(args: argparse.Namespace, header: dict[str, Any], saved: dict[
             )
         return
     old, new = ({**h["arguments"], "processes": h["processes"], "data": h["data"]} for h in (saved["header"], header))
-    fixed = set(MODEL_ARGUMENTS)
-    if args.train:
-        fixed = (old.keys() | new.keys()) - CHANGEABLE
-        if args.lr_schedule != "constant":
-            fixed.add("epochs")  # the schedule stretches over them
-    others = [f"{name} {old.get(name)}, not {new.get(name)}" for name in sorted(fixed) if old.get(name) != new.get(name)]
+    others = differences(args.task, old, new, fixed(old, new) if args.train else set(MODEL_ARGUMENTS))
     if others:
-        raise checkpoint.CheckpointError(f"{args.log_dir} holds a run with other arguments: {'; '.join(others)}")
+        raise checkpoint.CheckpointError(f"{args.log_dir} holds a run with other arguments: {others}")
+    if args.train and args.epochs < len(saved["metrics"]):
+        raise checkpoint.CheckpointError(
+            f"{args.log_dir} holds {len(saved['metrics'])} epochs, more than --epochs {args.epochs}"
+        )
+
+
+def fixed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """Which of a run's arguments have to be the same where it goes on."""
+    names = (old.keys() | new.keys()) - UNRECORDED - CHANGEABLE
+    return names if new["lr_schedule"] == "constant" else names | {"epochs"}  # a schedule stretches over them
+
+
+def differences(task: str, old: dict[str, Any], new: dict[str, Any], names: set[str]) -> str:
+    """In words; a run from before there was an argument had its default."""
+    old = vars(build_parser(task).parse_args([])) | old
+    return "; ".join(f"{name} {old.get(name)}, not {new.get(name)}" for name in sorted(names) if old.get(name) != new.get(name))
 
 
 def go_on(old: dict[str, Any], new: dict[str, Any], epochs: int) -> dict[str, Any]:
@@ -119,29 +130,47 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[Task, Model
 
 def run(args: argparse.Namespace, saved: dict[str, Any] | None, processes: Processes) -> None:
     task, model = prepare(args, processes)
-    header = describe(args, model, task, processes)
-    check_log_dir(args, header, saved)
-    if saved and args.train:
-        header = go_on(saved["header"], header, len(saved["metrics"]))
-    trainer = Trainer(args, header, model, task, processes)
-    say = print if processes.first else lambda *_: None
-    say(f"{args.task}: {args.model}({model.rnn.extra_repr()}), {header['parameters']} parameters, {header['device']}")
-    if saved and args.train:
-        trainer.load_state(saved)
-        say(f"going on after {len(trainer.metrics)} epochs and {trainer.progress['batch']} batches")
-    elif saved:
-        trainer.load_evaluated(saved)
-    processes.wait()  # all have looked at log_dir, now the first one may write
-    folder = Path(args.log_dir)
-    if not args.train:
-        results = trainer.evaluate()
-        if processes.first:
-            print(report.table(saved["header"], results))
-            if saved["metrics"]:
-                print("\nin the log:\n" + report.table(saved["header"], report.chosen(saved["metrics"])))
-        return
+    trainer = Trainer(args, describe(args, model, task, processes), model, task, processes)
+    if args.train:
+        train(trainer)
+    else:
+        evaluate(trainer, saved)
+
+
+def introduce(trainer: Trainer) -> None:
+    args, header, rnn = trainer.args, trainer.header, trainer.model.rnn
+    if trainer.processes.first:
+        print(f"{args.task}: {args.model}({rnn.extra_repr()}), {header['parameters']} parameters, {header['device']}")
+
+
+def evaluate(trainer: Trainer, saved: dict[str, Any]) -> None:
+    check_log_dir(trainer.args, trainer.header, saved)
+    introduce(trainer)
+    trainer.load_evaluated(saved)
+    results = trainer.evaluate()
+    if trainer.processes.first:
+        print(report.table(saved["header"], results))
+        if saved["metrics"]:
+            print("\nin the log:\n" + report.table(saved["header"], report.chosen(saved["metrics"])))
+
+
+def train(trainer: Trainer) -> None:
+    args, folder, processes = trainer.args, trainer.log_dir, trainer.processes
     folder.mkdir(parents=True, exist_ok=True)
     with checkpoint.locked(folder) if processes.first else nullcontext():
+        processes.wait()  # for the lock: only what lies there from now on is sure to stay the run's last state
+        there = args.loadsaved and (folder / checkpoint.CHECKPOINT).exists()
+        saved = checkpoint.load(folder) if there else None
+        check_log_dir(args, trainer.header, saved)
+        introduce(trainer)
+        if saved:
+            trainer.header = go_on(saved["header"], trainer.header, len(saved["metrics"]))
+            trainer.load_state(saved)
+            if processes.first:
+                print(f"going on after {len(trainer.metrics)} epochs and {trainer.progress['batch']} batches")
+        processes.wait()  # all have looked at the folder, now the first one may write
+        if processes.first and len(trainer.metrics) < args.epochs:
+            (folder / report.CURVES).unlink(missing_ok=True)  # drawn last, so that it tells of a run that is finished
         with asked_to_stop(trainer.stop):
             trainer.fit()
         trainer.load_evaluated(trainer.state())
@@ -163,10 +192,8 @@ def main() -> None:
     try:
         args, saved = parse(__doc__)
         processes = Processes(args.cuda)
-        try:
-            run(args, saved, processes)
-        finally:
-            processes.close()
+        run(args, saved, processes)
+        processes.close()
     except (DataError, checkpoint.CheckpointError, TrainingError) as error:
         sys.exit(f"error: {error}")
     except Stopped:

@@ -232,6 +232,7 @@ class Trainer:
                     self.save()
                     saved = time.monotonic()
                 if stop:
+                    self.processes.wait()  # for the first one to have saved it
                     raise Stopped
 
     def step(self, examples: Examples, rows: Tensor) -> list[float]:
