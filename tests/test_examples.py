@@ -796,7 +796,11 @@ def test_two_processes_do_not_work_on_one_run(finished: Path, run: Callable[...,
 
 
 def test_a_run_that_another_process_went_on_with_meanwhile_goes_on_from_there(
-    finished: Path, run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path,
+    run: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The other one begins and ends while this one reads its data and builds its model."""
     run("--epochs", 3, "--log_dir", tmp_path / "whole")
@@ -809,6 +813,7 @@ def test_a_run_that_another_process_went_on_with_meanwhile_goes_on_from_there(
 
     monkeypatch.setattr(train, "prepare", late)
     run("--loadsaved", "--epochs", 3, "--log_dir", finished, small=False)
+    assert "going on after 2 epochs and 0 batches" in capsys.readouterr().out
     assert_same_run(tmp_path / "whole", finished)
 
 
