@@ -281,7 +281,7 @@ ABLATIONS = [
         "both biases of an LSTM added with the read",
         ("paper", "small"),
         (
-            (DYNAMICS, "else bias_ih + bias_hh", "else bias_ih"),
+            (DYNAMICS, "return bias_ih + bias_hh", "return bias_ih"),
             (
                 DYNAMICS,
                 "torch.baddbmm(gates_x, h, self.weight_hh).chunk(4, dim=-1)",
