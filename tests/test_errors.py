@@ -3,13 +3,14 @@
 import linecache
 import re
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from rim_rnn import RIM, RIMCell, record
+from rim_rnn import RIM, RIMCell, native, record
 
 SIZES: dict[str, Any] = {"input_size": 4, "hidden_size": 12}
 
@@ -254,3 +255,12 @@ def test_numbers_that_no_step_can_compare_are_refused(kind: type[Any]) -> None:
         kind(4, 12, dtype=torch.complex64)(x.to(torch.complex64))
     with pytest.raises(RuntimeError, match=r"input should be strided and of real numbers, got torch\.sparse_coo"):
         kind(4, 12)(x.to_sparse())
+
+
+@pytest.mark.parametrize("k", [0, 7, -1])
+@pytest.mark.parametrize("path", [nullcontext, native.readable])
+def test_a_k_that_was_assigned_is_checked_when_it_is_used(k: int, path: Any) -> None:
+    rnn = RIM(4, 12)
+    rnn.cells[0].k = k
+    with path(), pytest.raises((ValueError, RuntimeError), match=f"k should be from 1 to 6, got {k}"):
+        rnn(X)

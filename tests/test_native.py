@@ -223,6 +223,23 @@ def test_gradients_that_have_gradients_are_those_of_the_same_winners_under_autoc
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}])
+def test_gradients_that_have_gradients_are_those_of_the_same_winners_where_bids_nearly_tie(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Units that are alike bid alike but for rounding, which is another on the readable path."""
+    rnn, x = RIM(10, 48, rnn_cell="GRU", dtype=dtype, **options), normal(20, 32, 10, seed=0, dtype=dtype)
+    for parameter in rnn.parameters():
+        nn.init.constant_(parameter, 0.05)
+    for sequence in (x, pack_padded_sequence(x, torch.arange(32) % 20 + 1, enforce_sorted=False)):
+        output, h_n = rnn(sequence)
+        loss, parameters = h_n.square().sum() + getattr(output, "data", output).square().sum(), list(rnn.parameters())
+        once, again = (torch.autograd.grad(loss, parameters, retain_graph=True, create_graph=c) for c in (False, True))
+        for first, second in zip(once, again, strict=True):
+            assert (first - second).norm() <= torch.finfo(dtype).eps ** 0.5 * first.norm()
+
+
 @pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU", "num_input_heads": 2}, {"bidirectional": True}])
 def test_gradients_that_have_gradients_are_those_of_the_same_winners_in_bfloat16(options: dict[str, Any]) -> None:
     """Products in bfloat16 lead to other winners than float32 does, which a gradient of the same call has to know."""

@@ -123,9 +123,14 @@ def compete(score: Tensor, k: int) -> Tensor:
 
     Returns:
         ``(n, N)``, bool, ``k`` times true in each column.
+
+    Raises:
+        ValueError: ``k`` is not from 1 to ``n``, as when it was assigned to a cell.
     """
     bids = score.detach().mean(-1)
     n = bids.size(0)
+    if not 1 <= k <= n:
+        raise ValueError(f"k should be from 1 to {n}, got {k}")
     if k == n:
         return torch.ones_like(bids, dtype=torch.bool)
     if not is_exporting():

@@ -261,8 +261,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     tensors = _widened(given)
     without = None, None, *(None for _ in ctx.sizes)  # what dropout drew, and the sizes, have no gradient
     if torch.is_grad_enabled():  # exactly when the caller asked for create_graph
-        *sizes, rounded = ctx.sizes
-        found = differentiate(tensors, tuple(sizes), grads[:3], ctx.needs_input_grad, winners if rounded else None)
+        *sizes, _ = ctx.sizes
+        found = differentiate(tensors, tuple(sizes), grads[:3], ctx.needs_input_grad, winners)
         return *found, *without
     grad_c = None if tensors[2] is None else grads[2]
     results = iter(

@@ -252,10 +252,11 @@ def differentiate(
     sizes: tuple[Any, ...],
     grads: Sequence[Tensor | None],
     wanted: Sequence[bool],
-    winners: Tensor | None = None,
+    winners: Tensor,
 ) -> list[Tensor | None]:
     """The gradients of a scan, themselves differentiable, for each of the ``tensors`` but what dropout drew.
 
+    The scan had these ``winners``. Another competition may have others, where bids differ by no more than rounding.
     Tensors of one call may share a history, or be one another's. An alias of each has none but that it is an alias of it:
     gradients stop there, and theirs go on.
     """
