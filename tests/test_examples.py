@@ -44,7 +44,7 @@ import study  # noqa: E402
 import study_report  # noqa: E402
 import train  # noqa: E402
 import trainer  # noqa: E402
-from common import marks  # noqa: E402
+from common import cpu, marks  # noqa: E402
 from model import Model  # noqa: E402
 from processes import Processes  # noqa: E402
 from tasks import TASKS, Task  # noqa: E402
@@ -920,15 +920,35 @@ def test_epochs_may_not_be_added_to_a_cosine(run: Callable[..., None], refused: 
     assert "epochs 1, not 2" in refused("--loadsaved", "--epochs", 2, "--log_dir", tmp_path, small=False)
 
 
-def test_a_changed_commit_is_noted_when_a_run_goes_on(
+def test_another_commit_or_machine_is_noted_when_a_run_goes_on(
     run: Callable[..., None], finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "commit", lambda: "another")
     for epochs in (2, 3):
         run("--loadsaved", "--epochs", epochs, "--log_dir", finished, small=False)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    run("--loadsaved", "--epochs", 4, "--log_dir", finished, small=False)
     header = read_log(finished)[0]
     assert header["commit"] != "another"
-    assert header["resumed"] == [{"epochs": 1, "commit": "another", "torch": str(torch.__version__)}]
+    now = {"commit": "another", "torch": str(torch.__version__)}
+    more = f"{cpu()}, {threads + 1} threads"
+    assert header["resumed"] == [{"epochs": 1, **now, "device": header["device"]}, {"epochs": 3, **now, "device": more}]
+
+
+def test_other_examples_than_those_of_the_log_are_told_of(
+    run: Callable[..., None], finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for others in ([], ["--data_dir", SHIPPED]):
+        capsys.readouterr()
+        run("--no-train", *others, "--log_dir", finished, small=False)
+        assert ("these are other examples than those of the log" in capsys.readouterr().out) is bool(others)
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below it"])
+def test_a_folder_that_cannot_be_is_named(place: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "a file").touch()
+    assert "a file" in refused("--log_dir", tmp_path / place)
 
 
 @pytest.mark.parametrize(
@@ -1337,6 +1357,14 @@ def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
         ("num_units", "num_unts", "tiny.toml: RIM 3/2: error: unrecognized arguments: --num_unts 3"),
         ('model = "LSTM"', 'model = "LSTM"\nk = 2', "tiny.toml: LSTM: error: --k belongs to a RIM"),
         (STUDY[STUDY.index("[[rows]]") :], "", "has no rows"),
+        (STUDY[STUDY.index("[[rows]]") :], "[rows]\nname = 'LSTM'", "expected a table of arguments for a task or a row"),
+        ("[copying]", "adding = 5\n[copying]", "expected a table of arguments for a task or a row, got 5"),
+        ('task = "copying"\nmodel', 'task = ["copying"]\nmodel', "a row needs a name"),
+        ('name = "LSTM"', 'name = ".."', "a row needs a name"),
+        ('name = "LSTM"', 'name = "a | b"', "no | in the name: a | b, copying"),
+        ("seeds = [0]", "seeds = [true]", "LSTM needs a list of seeds, numbers from 0 on"),
+        ("seeds = [0]", "seeds = [0]\nlog_dir = 'here'", "LSTM: log_dir is not for a study to say"),
+        ("seeds = [0]", "seeds = [0]\nhelp = true", "LSTM: help is not for a study to say"),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused_at_once(
@@ -1346,6 +1374,36 @@ def test_a_study_that_cannot_be_run_is_refused_at_once(
         command(study, text=STUDY.replace(old, new, 1))
     assert says in (capsys.readouterr().err if exit.value.code == 2 else str(exit.value.code))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-60] + "\n", lambda text: "{}\n", lambda text: text.replace(": 2,", ": 3,")]
+)
+@pytest.mark.parametrize("program", [study, study_report])
+def test_a_damaged_log_is_named(
+    program: Any, damage: Callable[[str], str], command: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    rim = study.read(tmp_path / "tiny.toml")[0]
+    fake_log(rim, tmp_path / "runs", 0, [0.8, 0.6], chosen=1)
+    log = rim.log_dir(tmp_path / "runs", 0) / checkpoint.METRICS
+    log.write_text(damage(log.read_text().removesuffix('{"epoch": ')))
+    with pytest.raises(SystemExit, match=f"{re.escape(str(log))}: not a log, or a damaged one"):
+        command(program)
+
+
+def test_a_row_whose_chosen_epoch_was_not_tested_is_not_finished(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    rim = study.read(tmp_path / "tiny.toml")[0]
+    fake_log(rim, tmp_path / "runs", 0, [0.8, 0.6], chosen=1)
+    log = rim.log_dir(tmp_path / "runs", 0) / checkpoint.METRICS
+    header, *lines = checkpoint.read_metrics(log)
+    lines[0] |= {"test_accuracy": {}, "test_loss": {}}  # it was stopped after its last epoch
+    checkpoint.write_metrics(log.parent, [header, *lines])
+    command(study_report)
+    assert "| RIM 3/2, *unfinished* | 0 | chosen: 1 of 2 |" in capsys.readouterr().out
 
 
 def test_a_study_is_published_and_its_tables_put_into_a_page(
@@ -1360,6 +1418,9 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
     header, *lines = checkpoint.read_metrics(log)
     header["arguments"]["data_dir"], header["command"] = "my files", "python train.py --data_dir 'my files' --seed 0"
     checkpoint.write_metrics(log.parent, [header, *lines])
+    for args in (["--rows", "RIM 3/2"], ["--seeds", 0], ["--runs", tmp_path / "results"]):
+        with pytest.raises(SystemExit, match="--publish takes a study as a whole"):
+            command(study_report, *args, "--publish", tmp_path / "results")
     command(study_report, "--publish", tmp_path / "results")
     assert capsys.readouterr().out == (tmp_path / "results" / study_report.TABLE).read_text() + "\n"
     assert (rim.log_dir(tmp_path / "results", 0) / report.UNITS).read_bytes() == b"a picture"

@@ -67,7 +67,15 @@ def write_metrics(log_dir: Path, metrics: list[dict[str, Any]]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines but one that is still being written, or was when the run was killed."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if lines and ["arguments" in lines[0], *(line["epoch"] for line in lines[1:])] != [True, *range(1, len(lines))]:
+            raise ValueError("expected a line that says what ran, then one for each epoch")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not a log, or a damaged one: {error!r}; without it, a run goes on from its {CHECKPOINT}, which has it too"
+        ) from error
+    return lines
 
 
 def append_metrics(log_dir: Path, line: dict[str, Any]) -> None:

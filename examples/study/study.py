@@ -27,7 +27,7 @@ import report
 import torch
 from processes import asked_to_stop
 from tasks import TASKS
-from train import differences, fixed
+from train import UNRECORDED, differences, fixed
 
 try:
     import tomllib
@@ -92,9 +92,13 @@ def read(path: Path) -> list[Row]:
     unknown = [name for name in content if name not in TASKS and name != "rows"]
     if unknown:
         raise StudyError(f"{path}: {unknown[0]} is no task; there are {', '.join(TASKS)}")
-    if not content.get("rows"):
+    rows = content.get("rows", [])
+    for part in [*(content[name] for name in content if name != "rows"), *(rows if isinstance(rows, list) else [rows])]:
+        if not isinstance(part, dict):
+            raise StudyError(f"{path}: expected a table of arguments for a task or a row, got {part!r}")
+    if not rows:
         raise StudyError(f"{path}: has no rows")
-    rows = [read_row(path, content, dict(given)) for given in content["rows"]]
+    rows = [read_row(path, content, dict(given)) for given in rows]
     folders = [row.log_dir(path, 0) for row in rows]
     for row, folder in zip(rows, folders, strict=True):
         if folders.count(folder) > 1:
@@ -104,12 +108,16 @@ def read(path: Path) -> list[Row]:
 
 def read_row(path: Path, content: dict[str, Any], given: dict[str, Any]) -> Row:
     name, task = given.pop("name", None), given.pop("task", None)
-    if not isinstance(name, str) or task not in TASKS:
-        raise StudyError(f"{path}: a row needs a name and a task, one of {', '.join(TASKS)}: {name}, {task}")
+    if not isinstance(name, str) or not re.search(r"\w", name) or "|" in name or task not in list(TASKS):
+        raise StudyError(
+            f"{path}: a row needs a name and a task, one of {', '.join(TASKS)}, and no | in the name: {name}, {task}"
+        )
     given = content.get(task, {}) | given
     seeds = given.pop("seeds", None)
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise StudyError(f"{path}: {name} needs a list of seeds")
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
+        raise StudyError(f"{path}: {name} needs a list of seeds, numbers from 0 on")
+    for other in given.keys() & (UNRECORDED | {"seed", "help"}):
+        raise StudyError(f"{path}: {name}: {other} is not for a study to say")
     if len(set(seeds)) < len(seeds):
         raise StudyError(f"{path}: {name} has a seed twice: {seeds}")
     parser = arguments.build_parser(task)
@@ -225,7 +233,7 @@ def main() -> None:
     try:
         args, rows = parse(parser)
         failed = run(rows, args)
-    except StudyError as error:
+    except (StudyError, checkpoint.CheckpointError) as error:
         sys.exit(f"error: {error}")
     if failed:
         sys.exit(f"{len(failed)} failed: {'; '.join(failed)}")

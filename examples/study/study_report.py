@@ -48,7 +48,9 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        return len(self.epochs) >= self.row.arguments.epochs
+        """Whether all epochs are there, and the one that counts has been tested, which comes last."""
+        args = self.row.arguments
+        return len(self.epochs) >= args.epochs and (not args.eval_sizes or bool(chosen(self.epochs)["test_loss"]))
 
     @property
     def seconds(self) -> float:
@@ -231,11 +233,12 @@ def epochs_table(task: type[Task], groups: list[Group]) -> str:
 
 def origin(headers: list[dict[str, Any]]) -> str:
     """Where the figures come from."""
-    commits = {place["commit"] for header in headers for place in (header, *header.get("resumed", []))}
+    places = [header | place for header in headers for place in ({}, *header.get("resumed", []))]
+    commits = {place["commit"] for place in places}
     days = sorted(header["began"][:10] for header in headers)
     kinds = [
-        {f"{header['device']}, {header['platform'].split('-')[0]}" for header in headers},
-        {f"torch {place['torch']}" for header in headers for place in (header, *header.get("resumed", []))},
+        {f"{place['device']}, {place['platform'].split('-')[0]}" for place in places},
+        {f"torch {place['torch']}" for place in places},
         {f"Python {header['python']}" for header in headers},
         {f"commit {commit[:12]}{commit[40:]}" for commit in commits if commit},  # and whether it was -dirty
         {f"begun {' to '.join(sorted({days[0], days[-1]}))}"},
@@ -309,6 +312,8 @@ def main() -> None:
     try:
         args, rows = parse(parser)
         if args.publish:
+            if args.rows or args.seeds or args.publish.resolve() == args.runs.resolve():
+                raise StudyError("--publish takes a study as a whole, into a folder other than --runs")
             publish(rows, args.runs, args.publish)
             args.runs = args.publish
         for page in args.write:
@@ -319,7 +324,7 @@ def main() -> None:
         if args.write or args.check:
             return
         text = write(args, rows)
-    except (StudyError, ValueError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(text)
     args.runs.mkdir(parents=True, exist_ok=True)

@@ -104,11 +104,13 @@ def differences(task: str, old: dict[str, Any], new: dict[str, Any], names: set[
 
 
 def go_on(old: dict[str, Any], new: dict[str, Any], epochs: int) -> dict[str, Any]:
-    """The header of a run that goes on after `epochs`; it tells where the code or torch is no longer the same."""
+    """The header of a run that goes on after `epochs`; it tells where the code, torch or the machine is no longer the same."""
     header = old | {"arguments": new["arguments"]}
     sessions = old.get("resumed", [])
-    if any(new[name] != [old, *sessions][-1][name] for name in ("commit", "torch")):
-        header["resumed"] = [*sessions, {"epochs": epochs, "commit": new["commit"], "torch": new["torch"]}]
+    last = old | (sessions[-1] if sessions else {})
+    now = {name: new[name] for name in ("commit", "torch", "device")}
+    if any(last.get(name) != value for name, value in now.items()):
+        header["resumed"] = [*sessions, {"epochs": epochs, **now}]
     return header
 
 
@@ -147,6 +149,8 @@ def evaluate(trainer: Trainer, saved: dict[str, Any]) -> None:
     check_log_dir(trainer.args, trainer.header, saved)
     introduce(trainer)
     trainer.load_evaluated(saved)
+    if trainer.processes.first and saved["header"]["data"] != trainer.header["data"]:
+        print("these are other examples than those of the log: they may have been trained on, and figures do not compare")
     results = trainer.evaluate()
     if trainer.processes.first:
         print(report.table(saved["header"], results))
@@ -194,7 +198,7 @@ def main() -> None:
         processes = Processes(args.cuda)
         run(args, saved, processes)
         processes.close()
-    except (DataError, checkpoint.CheckpointError, TrainingError) as error:
+    except (DataError, checkpoint.CheckpointError, TrainingError, OSError) as error:  # such as a full disk
         sys.exit(f"error: {error}")
     except Stopped:
         sys.exit(f"stopped; --loadsaved --log_dir {args.log_dir} goes on")
