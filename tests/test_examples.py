@@ -1450,7 +1450,7 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
         ("study", ["--rows", "RIM 6/4", "LSTM"], "README.md"),
         ("demo", ["--seeds", 0], "README.md"),
         ("demo", [], "README.md"),
-        *((name, [], "docs/reproduction.md") for name in ("study", "search", "search_pixel", "methods")),
+        *((name, [], "docs/reproduction.md") for name in ("study", "by_epoch", "search", "search_pixel", "methods")),
     ],
 )
 def test_a_page_has_the_tables_of_the_committed_logs(
