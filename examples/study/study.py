@@ -93,7 +93,9 @@ def read(path: Path) -> list[Row]:
     if unknown:
         raise StudyError(f"{path}: {unknown[0]} is no task; there are {', '.join(TASKS)}")
     rows = content.get("rows", [])
-    for part in [*(content[name] for name in content if name != "rows"), *(rows if isinstance(rows, list) else [rows])]:
+    if not isinstance(rows, list):
+        raise StudyError(f"{path}: rows should be an array of tables, [[rows]], got {rows!r}")
+    for part in [*(content[name] for name in content if name != "rows"), *rows]:
         if not isinstance(part, dict):
             raise StudyError(f"{path}: expected a table of arguments for a task or a row, got {part!r}")
     if not rows:

@@ -178,7 +178,7 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
             axis.set_ylim((0, 100) if name == "accuracy" else (0, None))
             axis.grid(axis="y", color="#e6e8eb", linewidth=0.8)
         axes[0, 0].set_ylabel(measure.title)
-        if kind == "curves" or sizes:
+        if axes[0, -1].get_legend_handles_labels()[0]:  # nothing may have been tested yet
             axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
             figure.savefig(folder / f"{kind}.png")
         plt.close(figure)
