@@ -234,7 +234,8 @@ def test_gradients_that_have_gradients_are_those_of_the_same_winners_where_bids_
         nn.init.constant_(parameter, 0.05)
     for sequence in (x, pack_padded_sequence(x, torch.arange(32) % 20 + 1, enforce_sorted=False)):
         output, h_n = rnn(sequence)
-        loss, parameters = h_n.square().sum() + getattr(output, "data", output).square().sum(), list(rnn.parameters())
+        rows = output if isinstance(output, Tensor) else output.data
+        loss, parameters = h_n.square().sum() + rows.square().sum(), list(rnn.parameters())
         once, again = (torch.autograd.grad(loss, parameters, retain_graph=True, create_graph=c) for c in (False, True))
         for first, second in zip(once, again, strict=True):
             assert (first - second).norm() <= torch.finfo(dtype).eps ** 0.5 * first.norm()
