@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 import rim_rnn
-from rim_rnn import RIM, RIMCell, native, readable, record
+from rim_rnn import RIM, RIMCell, fast, intact, native, record
 from rim_rnn.cell import UnitOptions
+from rim_rnn.step import Step
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "rim_rnn"
@@ -194,7 +195,7 @@ def reason_in(folder: Path) -> str:
 def test_a_binary_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None, one older than its sources (a checkout that was updated), and one that can not be loaded."""
     monkeypatch.delenv("RIM_RNN_NATIVE", raising=False)
-    monkeypatch.setattr(readable, "is_registered", lambda *_: False)  # as in a process that has none yet
+    monkeypatch.setattr(fast, "is_registered", lambda *_: False)  # as in a process that has none yet
     assert (
         reason_in(tmp_path)
         == "the native operator is not installed (the page Installing says where it is, and how to build it)"
@@ -290,15 +291,21 @@ def test_sources_import_nothing_else() -> None:
 def test_imports_run_one_way() -> None:
     """Stages, the definition, operators, cell, layer: each module imports only those before it, and none inside a function."""
     order = [
+        "arguments",
+        "surroundings",
         "units",
         "recording",
         "input_attention",
         "dynamics",
         "communication",
+        "intact",
         "step",
+        "operator",
         "readable",
+        "fast",
         "native",
         "cell",
+        "layout",
         "layer",
     ]
     assert {f"{name}.py" for name in order} | {"__init__.py", "__main__.py"} == MODULES
@@ -311,7 +318,14 @@ def test_imports_run_one_way() -> None:
         ours = {name.partition(".")[2] for name in names if name.startswith("rim_rnn.")}
         assert ours <= set(order[:place]), module
         if module == "step":
-            assert ours <= set(order[:5])
+            assert ours <= set(order[2:8])
+        if module in ("arguments", "surroundings", "units", "recording"):
+            assert not ours, module
+
+
+def test_what_stands_below_the_definition_knows_its_methods() -> None:
+    """By name, for it can not import the class."""
+    assert {name for name, value in vars(Step).items() if callable(value)} - {"__init__"} == intact.STEP
 
 
 SECOND = """
