@@ -136,31 +136,16 @@ getattr(build_meta, hook)(out)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
-@pytest.mark.parametrize(
-    ("torch", "environment", "reason"),
-    [
-        ("2.13.0", {"RIM_RNN_NATIVE": "0"}, "RIM_RNN_NATIVE=0"),
-        ("2.13.0", {"CC": "/nonexistent", "CXX": "/nonexistent"}, "/nonexistent"),
-        ("2.13.0", {"CC": "false", "CXX": "false"}, "false"),
-        ("2.9.1+cpu", {}, "it needs torch 2.10 or newer, found 2.9.1+cpu"),
-        ("", {}, "No module named 'torch'"),
-        ("", {"BROKEN": "OSError('libtorch_cpu.so: cannot open shared object file')"}, "libtorch_cpu.so: cannot open"),
-    ],
-)
-def test_installs_without_the_operator(hook: str, torch: str, environment: dict[str, str], reason: str, tmp_path: Path) -> None:
-    """One line says so, and no binary of an earlier build is left to be taken up."""
-    if sys.platform == "win32" and "RIM_RNN_NATIVE" not in environment:
-        reason = "the sources need GCC or Clang"
-    project, out = copy_of_the_project(tmp_path), tmp_path / "out"
-    utils = tmp_path / "torch" / "utils"  # a torch that has nothing but what the build asks for
+def build(hook: str, torch: str, environment: dict[str, str], place: Path) -> subprocess.CompletedProcess[str]:
+    """A frontend's build of a copy of the project in which a binary of an earlier build lies, into ``out``."""
+    project, out = copy_of_the_project(place), place / "out"
+    utils = place / "torch" / "utils"  # a torch that has nothing but what the build asks for
     utils.mkdir(parents=True)
     (utils / "__init__.py").touch()
     (utils / "cpp_extension.py").write_text("include_paths = library_paths = list")
     absent = "raise " + environment.get("BROKEN", "ModuleNotFoundError(\"No module named 'torch'\")")
     (utils.parent / "__init__.py").write_text(f"__version__ = {torch!r}" if torch else absent)
-    kept = {name: value for name, value in os.environ.items() if name != "RIM_RNN_NATIVE"} | {"PYTHONPATH": str(tmp_path)}
+    kept = {name: value for name, value in os.environ.items() if name != "RIM_RNN_NATIVE"} | {"PYTHONPATH": str(place)}
     built = project / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     earlier = (project / "src" if hook == "build_editable" else built) / "rim_rnn" / "_native.abi3.so"
     earlier.parent.mkdir(parents=True, exist_ok=True)
@@ -169,16 +154,62 @@ def test_installs_without_the_operator(hook: str, torch: str, environment: dict[
 
     command = [sys.executable, "-c", BUILD, hook, str(out)]
     out.mkdir()
-    done = subprocess.run(command, env=kept | environment, cwd=project, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=kept | environment, cwd=project, capture_output=True, text=True, check=False)
+
+
+WITHOUT: list[tuple[str, dict[str, str], str]] = [
+    ("2.13.0", {"CC": "/nonexistent", "CXX": "/nonexistent"}, "/nonexistent"),
+    ("2.13.0", {"CC": "false", "CXX": "false"}, "false"),
+    ("2.9.1+cpu", {}, "it needs torch 2.10 or newer, found 2.9.1+cpu"),
+    ("", {}, "No module named 'torch'"),
+    ("", {"BROKEN": "OSError('libtorch_cpu.so: cannot open shared object file')"}, "libtorch_cpu.so: cannot open"),
+]
+"""The version of torch, the environment and the reason that is given."""
+hooks = pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+
+
+@pytest.mark.slow
+@hooks
+@pytest.mark.parametrize(
+    ("torch", "environment", "reason"), [("2.13.0", {"RIM_RNN_NATIVE": "0"}, "RIM_RNN_NATIVE=0"), *WITHOUT]
+)
+def test_installs_without_the_operator(hook: str, torch: str, environment: dict[str, str], reason: str, tmp_path: Path) -> None:
+    """One line says so, no binary of an earlier build is left to be taken up, and the wheel is one for any machine."""
+    if sys.platform == "win32" and "RIM_RNN_NATIVE" not in environment:
+        reason = "the sources need GCC or Clang"
+    done = build(hook, torch, environment, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("rim_rnn: ")]
     assert line.startswith("rim_rnn: installing without the native operator, in pure Python: ")
     assert reason in line
-    (wheel,) = out.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     assert not [name for name in names if "_native" in name]
-    assert any(name.endswith("rim_rnn/native.py") for name in names) == (hook == "build_wheel")
-    assert not (project / "src" / "rim_rnn" / "_native.abi3.so").exists()
+    assert not (tmp_path / "project" / "src" / "rim_rnn" / "_native.abi3.so").exists()
+    if hook == "build_wheel":
+        assert "rim_rnn/native.py" in names
+        assert wheel.name == f"rim_rnn-{rim_rnn.__version__}-py3-none-any.whl"
+        described = archive.read(f"rim_rnn-{rim_rnn.__version__}.dist-info/WHEEL").decode()
+        assert "Root-Is-Purelib: true" in described
+        assert "Tag: py3-none-any" in described
+
+
+@pytest.mark.slow
+@hooks
+@pytest.mark.parametrize(("torch", "environment", "reason"), WITHOUT)
+def test_an_operator_that_is_asked_for_is_built(
+    hook: str, torch: str, environment: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    """RIM_RNN_NATIVE=1: where it can not be, there is no wheel, and the last line says why."""
+    if sys.platform == "win32":
+        reason = "the sources need GCC or Clang"
+    done = build(hook, torch, environment | {"RIM_RNN_NATIVE": "1"}, tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("rim_rnn: RIM_RNN_NATIVE=1, but the native operator can not be built: ")
+    assert reason in last
+    assert not [*(tmp_path / "out").glob("*.whl")]
 
 
 def reason_in(folder: Path) -> str:
