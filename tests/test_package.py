@@ -124,6 +124,60 @@ def test_what_the_project_s_papers_name_is_there() -> None:
     assert set(re.findall(r"/actions/workflows/([\w.]+)", text)) <= workflows
 
 
+# ---------------------------------------------------------------- a release
+
+
+def workflow(name: str) -> dict[Any, Any]:
+    yaml = pytest.importorskip("yaml")
+    found: dict[Any, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+    return found
+
+
+def test_nothing_is_published_unless_every_check_has_passed() -> None:
+    """The job that publishes waits for all jobs of checks.yml, of the same commit; what fails or is skipped stops it."""
+    wheels, checks = workflow("wheels.yml"), workflow("checks.yml")
+    publish = wheels["jobs"]["publish"]
+    (publishes,) = [name for name, job in wheels["jobs"].items() if "gh-action-pypi-publish" in str(job)]
+    assert publishes == "publish"
+    assert set(publish["needs"]) == set(wheels["jobs"]) - {"publish"}
+    (call,) = [job for job in wheels["jobs"].values() if job.get("uses") == "$/.github/workflows/checks.yml"]
+    assert call["if"] == publish["if"] == "startsWith(github.ref, 'refs/tags/v')"  # no always(): a red job stops it
+    assert call["permissions"] == {"contents": "read"}
+    assert "workflow_call" in checks[True]  # YAML takes `on` for it
+    assert "github.workflow" not in checks["concurrency"]["group"]  # that is the caller's, which would wait for itself
+    assert {step.get("run") for job in checks["jobs"].values() for step in job["steps"]} >= {"make check", "make audit"}
+    for job in (*wheels["jobs"].values(), *checks["jobs"].values()):
+        assert "continue-on-error" not in str(job)
+        assert job is call or job is publish or "if" not in job
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32" or shutil.which("make") is None, reason="no make, or one that runs no such stand-ins"
+)
+@pytest.mark.parametrize("torch", ["torch==2.13.0+cpu", "torch @ file:///torch.whl", ""])
+@pytest.mark.parametrize("verdict", [0, 1])
+def test_audit_is_green_only_if_everything_was_looked_at(torch: str, verdict: int, tmp_path: Path) -> None:
+    """The versions of the index, so torch's without +cpu; strictly, so that what is not there is an error; torch among them."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    scripts = tmp_path / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    for name, says in {
+        "python": f"case \"$*\" in *freeze*) printf '%s\\n' 'numpy==2.4.6' '{torch}' 'torchrl==0.14.0';; esac",
+        "pip-audit": f'echo "$@" > asked; cat .cache/audit.txt >> asked; exit {verdict}',
+    }.items():
+        (scripts / name).write_text(f"#!/bin/sh\n{says}\n")
+        (scripts / name).chmod(0o755)
+    made = [part for target in ("setup", ".venv/tools", ".venv/release") for part in ("--old-file", target)]
+    done = subprocess.run(["make", *made, "audit"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    green = verdict == 0 and torch.startswith("torch==")
+    assert (done.returncode == 0) == green, done.stdout + done.stderr
+    if green:
+        options, *audited = (tmp_path / "asked").read_text().splitlines()
+        assert "--strict" in options.split()
+        assert "--requirement .cache/audit.txt" in options
+        assert audited == ["numpy==2.4.6", "torch==2.13.0", "torchrl==0.14.0"]
+
+
 # ---------------------------------------------------------------- the native operator, or none
 
 BUILD = """
