@@ -19,22 +19,30 @@ class Layout:
         batch_first: Whether a batch of sequences that is not packed is ``(batch, seq, feature)``.
 
     Attributes:
-        sizes: Rows present at each step where the input is packed, else ``None``.
+        packed: Whether the input is packed; what follows is ``None`` where it is not.
+        batch_sizes, sorted_indices, unsorted_indices: As a :class:`torch.nn.utils.rnn.PackedSequence` has them.
+        sizes: Rows present at each step.
     """
 
+    packed = False
+    batched = True
+    batch_first = False
+    batch_sizes: Tensor | None = None
+    sorted_indices: Tensor | None = None
+    unsorted_indices: Tensor | None = None
+    sizes: list[int] | None = None
+
     def __init__(self, input: Tensor | PackedSequence, batch_first: bool) -> None:
-        self.batch_sizes: Tensor | None = None
-        self.sorted_indices: Tensor | None = None
-        self.unsorted_indices: Tensor | None = None
-        self.sizes: list[int] | None = None
-        self.packed = isinstance(input, PackedSequence)
         if isinstance(input, PackedSequence):
+            self.packed = True
             _, self.batch_sizes, self.sorted_indices, self.unsorted_indices = input
             self.sizes = cast("list[int]", self.batch_sizes.tolist())
             if not self.sizes or any(later > earlier for earlier, later in pairwise(self.sizes)):
                 raise RuntimeError(f"batch_sizes of a PackedSequence should be there and never grow, got {self.sizes}")
-        self.batched = self.packed or input.dim() == 3  # type: ignore[union-attr]
-        self.batch_first = batch_first and self.batched and not self.packed
+        elif input.dim() == 3:
+            self.batch_first = batch_first
+        else:
+            self.batched = False
 
     def unpack(self, input: Tensor | PackedSequence, weight: Tensor) -> Tensor:
         """The input as ``(T, N, input_size)``, or packed ``(sum(sizes), input_size)``, of the dtype of the ``weight``."""
