@@ -13,7 +13,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrize
 
 from rim_rnn.communication import Communication
-from rim_rnn.dynamics import Dynamics, GRUDynamics, LSTMDynamics
+from rim_rnn.dynamics import Dynamics, GatedRecurrentDynamics, LongShortTermDynamics
 from rim_rnn.input_attention import InputAttention
 from rim_rnn.units import SharedProjection, UnitProjection
 
@@ -22,7 +22,7 @@ MODULES: dict[str, tuple[type[nn.Module], ...]] = {
     "input_attention.query": (UnitProjection,),
     "input_attention.key": (SharedProjection,),
     "input_attention.value": (SharedProjection,),
-    "dynamics": (LSTMDynamics, GRUDynamics),
+    "dynamics": (LongShortTermDynamics, GatedRecurrentDynamics),
     "communication": (Communication,),
     **{f"communication.{part}": (UnitProjection,) for part in ("query", "key", "value", "output")},
 }
