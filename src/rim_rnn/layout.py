@@ -1,14 +1,13 @@
 """How a call lies: packed or not, sorted or not, with a batch or without, batch or time first, in which dtype."""
 
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rim_rnn.dynamics import State
-from rim_rnn.surroundings import autocast_dtype, autocast_result_dtype, check_alike
+from rim_rnn.surroundings import autocast_dtype, autocast_result_dtype, check_alike, held_to_example, numbers
 
 
 class Layout:
@@ -36,7 +35,7 @@ class Layout:
         if isinstance(input, PackedSequence):
             self.packed = True
             _, self.batch_sizes, self.sorted_indices, self.unsorted_indices = input
-            self.sizes = cast("list[int]", self.batch_sizes.tolist())
+            self.sizes = numbers(self.batch_sizes)
             if not self.sizes or any(later > earlier for earlier, later in pairwise(self.sizes)):
                 raise RuntimeError(f"batch_sizes of a PackedSequence should be there and never grow, got {self.sizes}")
         elif input.dim() == 3:
@@ -56,7 +55,7 @@ class Layout:
                 x = x.transpose(0, 1).contiguous()  # a copy: the input may be changed in place before backward, as nn.LSTM's
             self.batch = x.size(1)
         self.dtype = x.dtype
-        return check_alike("input", x, weight)
+        return held_to_example(check_alike("input", x, weight), self.batch_sizes, self.sizes)
 
     def unpack_state(self, state: State, weight: Tensor) -> State:
         """Each state as ``(D * num_layers, N, features)``, in the order of the rows, of the dtype of the ``weight``."""
