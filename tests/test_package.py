@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import OF_THE_REPOSITORY
 from torch import nn
 
 import rim_rnn
@@ -74,7 +75,20 @@ def test_source_distribution_holds_what_a_build_needs(archives: dict[str, Path])
     assert {"pyproject.toml", "README.md", "LICENSE", "src/rim_rnn/py.typed"} <= names
     assert {f"src/rim_rnn/{name}" for name in MODULES} <= names
     assert {f"src/rim_rnn/csrc/{path.name}" for path in (SOURCES / "csrc").glob("*.*")} <= names
-    assert not [name for name in names if name.split("/")[0] in ("tests", "examples", "docs")]
+    assert not [name for name in names if name.split("/")[0] in ("examples", "docs")]
+
+
+@pytest.mark.slow
+def test_source_distribution_holds_the_tests_of_the_layer(archives: dict[str, Path]) -> None:
+    """For packagers: all but those of the repository itself, whose files are not there."""
+    with tarfile.open(archives["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    of_the_repository = {f"tests/test_{name}.py" for name in OF_THE_REPOSITORY}
+    kept = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py")} - of_the_repository
+    kept |= {f"tests/{name}.py" for name in ("conftest", "drawn", "oracle", "hostile")}
+    kept |= {f"tests/fixtures/{path.name}" for path in (ROOT / "tests" / "fixtures").iterdir()}
+    assert kept <= names
+    assert not of_the_repository & names
 
 
 def test_metadata(archives: dict[str, Path]) -> None:
