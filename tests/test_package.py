@@ -124,8 +124,20 @@ def test_page_on_the_index_links_to_the_repository(archives: dict[str, Path]) ->
 
 
 def test_one_version_everywhere() -> None:
-    assert f"\nversion: {rim_rnn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f"\n## {rim_rnn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    """And one date, where there is one: until then README installs from the repository."""
+    citation, changes, page = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md", "README.md")
+    )
+    heading = re.search(r"^## (\S+) \((\S+)\)$", changes, re.MULTILINE)
+    assert heading is not None
+    version, date = heading.groups()
+    assert version == rim_rnn.__version__
+    assert f"\nversion: {version}\n" in citation
+    assert re.findall("^date-released: (.+)$", citation, re.MULTILINE) == [date] * (date != "unreleased")
+    install = page.split("<!-- install -->")[1].split("<!-- install: end -->")[0].splitlines()
+    assert ("pip install rim-rnn" in install) == (date != "unreleased")
+    from_repository = "pip install --no-build-isolation git+https://github.com/rim-rnn/rim-rnn"
+    assert (from_repository in install) == (date == "unreleased")
 
 
 def test_what_the_project_s_papers_name_is_there() -> None:
