@@ -45,7 +45,9 @@ def shown(name: str) -> Any:
     """What the page on tools shows under this name."""
     page = (Path(__file__).parent.parent / "docs" / "tools.md").read_text(encoding="utf-8")
     (code,) = (
-        block for block in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE) if f"class {name}(" in block
+        block
+        for block in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+        if re.search(rf"^(class|def) {name}\(", block, re.MULTILINE)
     )
     names = {"__name__": "docs.tools"}
     exec(code, names)
@@ -440,6 +442,32 @@ def test_peft_target_parameters(name: str) -> None:
     """peft's way to weights that are no nn.Linear's, a low-rank product for each unit: for every projection of the layer."""
     wrapped, x, before = adapted({"target_modules": [], "target_parameters": [name]})
     assert check_adapted(wrapped, x, before) == {f"rnn.cells.0.{name.removesuffix('.weight')}"}
+
+
+# transformers
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("lost", ["", "rnn.", "rnn.cells.0.dynamics."])
+def test_transformers_fill_what_a_checkpoint_does_not_have(lost: str, tmp_path: Path) -> None:
+    """Saved and loaded it is the same model; what is missing is drawn as a new layer's is, and the rest is what was saved."""
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+    kind = shown("Tagger")
+    model, fresh = kind(transformers.PretrainedConfig()), RIM(8, 24).state_dict(prefix="rnn.")
+    strong(model.rnn)
+    model.save_pretrained(tmp_path)
+    saved = model.state_dict()
+    kept = {name: value for name, value in saved.items() if not lost or not name.startswith(lost)}
+    safetensors.save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = kind.from_pretrained(tmp_path).state_dict()
+    assert again.keys() == saved.keys()
+    for name, value in again.items():
+        if name in kept:
+            assert_identical(value, kept[name])
+        else:
+            assert_same(value.std(), fresh[name].std(), rtol=0.4)
+            assert value.abs().max() <= 1.1 * fresh[name].abs().max()
 
 
 # safetensors

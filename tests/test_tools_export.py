@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from drawn import strong
+from test_tools import shown
 from torch import Tensor, nn
 
 from rim_rnn import RIM
@@ -50,12 +51,19 @@ class Session:
     """A module in onnxruntime: it is exported once, and called with tensors."""
 
     def __init__(self, module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, path: Path) -> None:
-        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
         torch.onnx.export(module, inputs, path, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False)
+        self.load(path)
+
+    def load(self, path: Path) -> Session:
+        """Go on with another file."""
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return self
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         names = [given.name for given in self.session.get_inputs()]
@@ -120,6 +128,35 @@ def test_onnx_cell_for_streams(rnn_cell: str, tmp_path: Path) -> None:
         torch.testing.assert_close(state[0], expected, rtol=1e-5, atol=1e-5)
         if t == 0:  # zero states and no biases: all bids are 0
             assert state[0].view(2, 4, 2).ne(0).any(-1).tolist() == [[True, True, False, False]] * 2
+
+
+@onnx_noise
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:onnx")
+def test_onnx_quantised_around_the_layer(tmp_path: Path) -> None:
+    """int8 for the read-out and float32 for the layer: its output is what it was; quantised as a whole, others win."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = layer(), nn.Linear(8, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            output, _ = self.rnn(x)
+            return output, self.head(output)
+
+    model, x = Model().eval(), torch.randn(9, 32, 3)
+    path, dims = tmp_path / "model.onnx", ({0: torch.export.Dim("steps", min=2, max=64)},)
+    session = Session(model, (x,), dims, path)
+    expected = model(x)
+    assert_near(session(x), expected)
+    for nodes in ([], shown("nodes_of_rim")(path)):
+        quantization.quantize_dynamic(path, tmp_path / "int8.onnx", nodes_to_exclude=nodes)
+        output, read = session.load(tmp_path / "int8.onnx")(x)
+        near = (output - expected[0]).abs().max() < 1e-5
+        assert near == bool(nodes)
+        assert (read - expected[1]).abs().max() > 1e-4  # of either, for the read-out is quantised
+    torch.testing.assert_close(read, expected[1], rtol=0.1, atol=0.1)
 
 
 # AOTInductor

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import datetime
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -15,7 +17,7 @@ from drawn import assert_identical, assert_same, normal, strong
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from rim_rnn import RIM
+from rim_rnn import RIM, RIMCell
 
 pytestmark = pytest.mark.tools
 SMALL: dict[str, Any] = {"key_size_input": 4, "key_size_comm": 3, "value_size_comm": 2, "num_comm_heads": 2}
@@ -122,6 +124,45 @@ def fsdp(rank: int, sharded: str, options: dict[str, Any]) -> list[dict[str, Ten
     for module in SHARDED[sharded](rnn):
         fully_shard(module, mesh=mesh)
     return two_steps(rnn, normal(5, 4, 3, seed=0).chunk(2, 1)[rank], lambda grad: grad.full_tensor())  # type: ignore[attr-defined]
+
+
+def fsdp1(rank: int, sharded: str, use_orig_params: bool, options: dict[str, Any]) -> dict[str, Tensor]:
+    from torch.distributed.fsdp import FullyShardedDataParallel, wrap
+
+    policies: dict[str, Any] = {
+        "layer": None,
+        "cells": wrap.ModuleWrapPolicy({RIMCell}),
+        "by size": partial(wrap.size_based_auto_wrap_policy, min_num_params=10),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would rather have FSDP2
+        model = FullyShardedDataParallel(
+            layer(**options),
+            auto_wrap_policy=policies[sharded],
+            use_orig_params=use_orig_params,
+            device_id=torch.device("cpu"),
+        )
+        optimizer, x = torch.optim.SGD(model.parameters(), 0.1), normal(5, 4, 3, seed=0).chunk(2, 1)[rank]
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(model(x)).backward()
+            optimizer.step()
+        with FullyShardedDataParallel.summon_full_params(model):
+            named = model.named_parameters()
+            return {name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in named}
+
+
+@pytest.mark.parametrize(("sharded", "use_orig_params"), [("layer", False), ("cells", True), ("by size", True)])
+def test_fsdp1(sharded: str, use_orig_params: bool, together: Callable[..., list[Any]]) -> None:
+    """FullyShardedDataParallel: after two steps in two processes, the parameters that one process has with the whole batch."""
+    options = {"num_layers": 2}
+    rnn = layer(**options)
+    optimizer, x = torch.optim.SGD(rnn.parameters(), 0.1), normal(5, 4, 3, seed=0)
+    for _ in range(2):
+        gradients(rnn, x)
+        optimizer.step()
+    for parameters in together(fsdp1, sharded, use_orig_params, options):
+        assert_same(parameters, {name: p.detach() for name, p in rnn.named_parameters()})
 
 
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"rnn_cell": "GRU"}], ids=["LSTM", "GRU"])
