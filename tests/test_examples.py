@@ -329,10 +329,10 @@ def test_adding_marks_one_number_in_each_half() -> None:
 @pytest.mark.parametrize("name", ["copying", "adding"])
 def test_sequences_are_drawn_anew_for_every_epoch_and_once_for_tests(name: str) -> None:
     a, b = (task_of(name, f"--examples 50 --test_examples 50 --valid 50 --seed {seed}") for seed in (0, 1))
-    drawn = [a.train(0), a.train(1), b.train(0), a.valid(), a.test(50)]
+    drawn = [a.train(0), a.train(1), b.train(0), a.valid(50), a.test(50)]
     for index, one in enumerate(drawn):
         assert not any(torch.equal(one.targets, other.targets) for other in drawn[:index])
-    for one, again in ((a.train(1), a.train(1)), (a.valid(), b.valid()), (a.test(60), b.test(60))):
+    for one, again in ((a.train(1), a.train(1)), (a.valid(50), b.valid(50)), (a.test(60), b.test(60))):
         assert torch.equal(one.inputs, again.inputs)
         assert torch.equal(one.targets, again.targets)
 
@@ -469,10 +469,10 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     task, model = prepared(header)
     whole = mnist.load(header["arguments"]["data_dir"])[0].sequences(14, 14)
     assert torch.equal(task.train(0).inputs, whole[:-9])
-    assert torch.equal(task.valid().inputs, whole[-9:])
+    assert torch.equal(task.valid(14).inputs, whole[-9:])
     fewer, _ = prepared(header | {"arguments": header["arguments"] | {"examples": 5}})
     assert torch.equal(fewer.train(0).inputs, whole[:5])
-    assert torch.equal(fewer.valid().inputs, whole[-9:])
+    assert torch.equal(fewer.valid(14).inputs, whole[-9:])
 
     assert [line["valid_accuracy"] for line in epochs] == [0.2, 0.6, 0.4, 0.6]
     assert [line["chosen"] for line in epochs] == [1, 2, 2, 2]
@@ -488,7 +488,7 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     assert expected in capsys.readouterr().out
     assert epochs == saved["metrics"]
     with torch.no_grad():
-        hits = model(task.valid().inputs).argmax(2) == task.valid().targets
+        hits = model(task.valid(14).inputs).argmax(2) == task.valid(14).targets
     validated = f"{100 * hits.double().mean():.1f}"  # now it is not made up
     expected = [f"| {validated} | {accuracy} |", f"| 60.0 | {accuracy} |"]
     run("--no-train", "--log_dir", tmp_path, small=False)

@@ -126,7 +126,7 @@ def draw_units(folder: Path, task: Task, model: Model) -> None:
 
     They are validation examples where there are any, else test examples.
     """
-    examples = task.valid() if task.args.valid else task.test(task.args.size)
+    examples = (task.valid if task.args.valid else task.test)(task.args.size)
     inputs = examples.inputs[:AVERAGED]
     share = activity(model, inputs).double().mean(0)
     content = {"sequences": len(inputs), "active": [[round(value, 3) for value in unit] for unit in share.tolist()]}
