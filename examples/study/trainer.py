@@ -101,6 +101,9 @@ class Trainer:
         weights = saved.get(part)
         if saved["best"]:
             part, model, weights = "best.model", self.evaluated, saved["best"].get("model")
+        self.load_weights(saved, part, model, weights)
+
+    def load_weights(self, saved: dict[str, Any], part: str, model: nn.Module, weights: Any) -> None:
         self.check(model.state_dict(), weights, part, checkpoint.CHECKPOINT if "progress" in saved else checkpoint.WEIGHTS)
         model.load_state_dict(weights)
 
@@ -121,7 +124,10 @@ class Trainer:
             best = {"step": 0, "score": 0.0, "model": self.model.state_dict()}
             expected["sizes"] = dict.fromkeys(values, best)
         self.check(expected, saved)
-        if position["epoch"] != len(saved["metrics"]) or not 0 <= position["batch"] <= self.batches:
+        every = self.args.valid_every or self.batches + 1
+        validations = range(max(0, (position["batch"] - 1) // every), position["batch"] // every + 1)  # the last may be due
+        fits = 0 <= position["batch"] <= self.batches and len(within) in validations
+        if position["epoch"] != len(saved["metrics"]) or not fits:
             self.refuse(
                 f"progress {position} does not fit {len(saved['metrics'])} epochs in the log, {self.batches} batches each"
             )
@@ -213,12 +219,12 @@ class Trainer:
         if self.best and self.args.eval_sizes:
             line = self.metrics[self.best["epoch"] - 1]
             if not any(line[name] for name in self.no_test()):
-                line |= self.test(self.evaluated_with(self.best["model"]))
+                line |= self.test(model=self.evaluated_with(self.best["model"]))
                 tested.append(line)
         for size, best in self.sizes.items():
             line, validation = self.validation_at(best["step"])
             if int(size) in self.args.eval_sizes and size not in validation.get("test_loss", {}):
-                for name, values in self.test(self.evaluated_with(best["model"]), [int(size)]).items():
+                for name, values in self.test([int(size)], self.evaluated_with(best["model"])).items():
                     validation[name] = validation.get(name, {}) | values
                 tested.append(line)
         if not tested:
@@ -315,20 +321,33 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Each measure on the validation examples, at the size of training, and on the test examples."""
-        return {name: values[str(self.args.size)] for name, values in self.validate().items()} | self.test()
+        validation = self.validate([self.args.size])
+        return {name: values[str(self.args.size)] for name, values in validation.items()} | self.test()
 
-    def validate(self) -> dict[str, dict[str, float]]:
-        """Each measure on the validation examples, where there are any, at the size of training and at `args.valid_sizes`."""
+    def evaluate_for_sizes(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """At each size, each measure by the weights that `saved` has for it. The last ones stay in the model."""
+        result: dict[str, Any] = {}
+        for size in self.valid_sizes if saved["sizes"] else []:
+            best = saved["sizes"].get(str(size))
+            weights = best.get("model") if isinstance(best, dict) else None
+            self.load_weights(saved, f"sizes.{size}.model", self.evaluated, weights)
+            tested = self.test([size] if size in self.args.eval_sizes else [])
+            for name, values in (self.validate([size]) | tested).items():
+                result[name] = result.get(name, {}) | values
+        return result
+
+    def validate(self, sizes: list[int] | None = None) -> dict[str, dict[str, float]]:
+        """Each measure on the validation examples, where there are any, at `sizes`, or else at all that were asked for."""
         if not self.args.valid:
             return {}
         result: dict[str, dict[str, float]] = {f"valid_{name}": {} for name in self.task.measures}
-        for size in self.valid_sizes or [self.args.size]:
+        for size in sizes or self.valid_sizes or [self.args.size]:
             title = "validation" if size == self.args.size else f"validation {self.task.label(size)}"
             for name, value in self.measure(self.task.valid(size), title).items():
                 result[f"valid_{name}"][str(size)] = value
         return result
 
-    def test(self, model: nn.Module | None = None, sizes: list[int] | None = None) -> dict[str, dict[str, float]]:
+    def test(self, sizes: list[int] | None = None, model: nn.Module | None = None) -> dict[str, dict[str, float]]:
         """Each measure on the test examples at each of `sizes`, or else of `args.eval_sizes`."""
         result = self.no_test()
         for size in self.args.eval_sizes if sizes is None else sizes:
