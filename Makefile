@@ -104,6 +104,10 @@ package: setup $(VENV)/release
 wheels: setup $(VENV)/release
 	.ci/wheels
 
+# The index knows 2.13.0 and no 2.13.0+cpu; and what it does not know is an error (--strict), for nobody has looked at that
 audit: setup $(VENV)/tools $(VENV)/release
 	python -m pip install --quiet --upgrade pip
-	pip-audit --local --skip-editable --progress-spinner off
+	mkdir -p .cache
+	python -m pip freeze --all --local --exclude-editable | sed 's/+.*//' > .cache/audit.txt
+	grep -q '^torch==' .cache/audit.txt
+	pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement .cache/audit.txt

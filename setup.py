@@ -1,7 +1,8 @@
 """The optional native operator. Everything else about the package stands in pyproject.toml.
 
 It is built where a C++17 compiler of the GCC family and torch are at hand (`pip install --no-build-isolation .`); the binary
-serves every Python from 3.10 and every torch from 2.10. Where it can not be built, the package installs without it.
+serves every Python from 3.10 and every torch from 2.10. Where it can not be built, the package installs without it, from a pure
+wheel; with RIM_RNN_NATIVE=1 that is an error.
 """
 
 import os
@@ -49,11 +50,16 @@ def native() -> Extension | str:
 
 
 def go_without(command: Command, reason: object) -> None:
-    """Say so in one line, and leave no binary of an earlier build where this one would take it up."""
+    """Say so in one line, tag the wheel as pure, and leave no binary of an earlier build where this one would take it up."""
+    short = textwrap.shorten(str(reason), 160)
+    if os.environ.get("RIM_RNN_NATIVE") == "1":
+        sys.exit(f"rim_rnn: RIM_RNN_NATIVE=1, but the native operator can not be built: {short}")
     for folder in (command.build_lib, "src") if command.editable_mode else (command.build_lib,):
         for binary in Path(folder, "rim_rnn").glob("_native.*"):
             binary.unlink()
-    short = textwrap.shorten(str(reason), 160)
+    wheel = command.distribution.get_command_obj("bdist_wheel", create=False)
+    if wheel is not None:  # it was told of an operator, when it began
+        wheel.root_is_pure, wheel.py_limited_api = True, False
     print(f"rim_rnn: installing without the native operator, in pure Python: {short}", file=sys.stderr)
 
 

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, unpack_sequence
 
 from rim_rnn import RIM, RIMCell, native, record
-from rim_rnn.readable import PARAMETERS
+from rim_rnn.operator import PARAMETERS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHUNK, PATIENCE = 500, 120  # cases of one subprocess, seconds that one case may take

@@ -33,7 +33,7 @@ class Mutant(NamedTuple):
 
 
 ATTENTION, DYNAMICS, COMMUNICATION = "input_attention.py", "dynamics.py", "communication.py"
-STEP, LAYER, UNITS, RECORDING = "step.py", "layer.py", "units.py", "recording.py"
+STEP, LAYER, LAYOUT, UNITS, RECORDING = "step.py", "layer.py", "layout.py", "units.py", "recording.py"
 
 MUTANTS = [
     # How a state is divided
@@ -281,14 +281,14 @@ MUTANTS = [
     Mutant("last states of packed rows in the order of their ends", STEP, "*reversed(ended)", "*ended"),
     Mutant(
         "packed first states stay in the caller's order",
-        LAYER,
-        "state = tuple(s.index_select(1, sorted_indices) for s in state)",
-        "pass",
+        LAYOUT,
+        "return state if self.sorted_indices is None else tuple(s.index_select(1, self.sorted_indices) for s in state)",
+        "return state",
     ),
     Mutant(
         "packed last states stay in the sorted order",
-        LAYER,
-        "state = tuple(s.index_select(1, unsorted_indices) for s in state)",
+        LAYOUT,
+        "state = tuple(s.index_select(1, self.unsorted_indices) for s in state)",
         "pass",
     ),
     Mutant(

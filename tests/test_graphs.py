@@ -9,7 +9,7 @@ import torch
 from drawn import assert_same, normal
 from test_integrations import KINDS, kinds, layer, output_and_gradients, some_state
 
-from rim_rnn import native, readable
+from rim_rnn import native, operator, readable
 
 pytestmark = pytest.mark.slow
 MANY = 4
@@ -71,9 +71,9 @@ def test_opcheck_of_the_readable_scan(kind: dict[str, Any], batch_sizes: list[in
     cell = layer(kind, dtype=torch.float64).cells[0]
     x = normal(*((5, 3) if batch_sizes else (3, 2, 3)), seed=0).requires_grad_()
     state = tuple(normal(2, size, seed=1) for size in cell.state_sizes().values())
-    parameters = readable.plain_parameters(cell, x, state)
+    parameters = operator.plain_parameters(cell, x, state)
     h, c = state if len(state) == 2 else (*state, None)
-    arguments = (x, h, c, *parameters, None, None, *readable.sizes_of(cell, batch_sizes, True))
+    arguments = (x, h, c, *parameters, None, None, *operator.sizes_of(cell, batch_sizes, True))
     torch.library.opcheck(torch.ops.rim_rnn.readable.default, arguments)
 
 

@@ -23,7 +23,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rim_rnn import RIM, RIMCell, native, record
-from rim_rnn.readable import PARAMETERS, UNROLLED, sizes_of
+from rim_rnn.operator import PARAMETERS, sizes_of
+from rim_rnn.readable import UNROLLED
 from rim_rnn.recording import Record
 
 pytestmark = pytest.mark.skipif(native._unavailable is not None, reason=str(native._unavailable))
@@ -403,7 +404,7 @@ def test_opcheck(packed: bool) -> None:
             x,
             h,
             c,
-            *native._parameters(cell, x, state),
+            *native.OPERATOR.parameters(cell, x, state),
             *cell.draw(x),
             *sizes_of(cell, [2, 2, 1] if packed else None, packed),
             False,
@@ -863,7 +864,7 @@ def arguments_of(operator: str, packed: bool = False, **options: Any) -> dict[st
     """A right call of the operator, by the names that its errors use."""
     cell, x = make(num_input_heads=2, **options, dtype=torch.float32), torch.randn(*(5, 5) if packed else (3, 2, 5))
     state = states(cell, 2)
-    tensors = (x, *state, *[None] * (2 - len(state)), *native._parameters(cell, x, state), *cell.draw(x))
+    tensors = (x, *state, *[None] * (2 - len(state)), *native.OPERATOR.parameters(cell, x, state), *cell.draw(x))
     sizes = *sizes_of(cell, [2, 2, 1] if packed else None, False), False
     right = dict(zip((*ARGUMENTS, *SIZES), (*tensors, *sizes), strict=True))
     if operator == "scan_backward":

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 import rim_rnn
-from rim_rnn import RIM, RIMCell, native, readable, record
+from rim_rnn import RIM, RIMCell, fast, intact, native, record
 from rim_rnn.cell import UnitOptions
+from rim_rnn.step import Step
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "rim_rnn"
@@ -124,6 +125,60 @@ def test_what_the_project_s_papers_name_is_there() -> None:
     assert set(re.findall(r"/actions/workflows/([\w.]+)", text)) <= workflows
 
 
+# ---------------------------------------------------------------- a release
+
+
+def workflow(name: str) -> dict[Any, Any]:
+    yaml = pytest.importorskip("yaml")
+    found: dict[Any, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+    return found
+
+
+def test_nothing_is_published_unless_every_check_has_passed() -> None:
+    """The job that publishes waits for all jobs of checks.yml, of the same commit; what fails or is skipped stops it."""
+    wheels, checks = workflow("wheels.yml"), workflow("checks.yml")
+    publish = wheels["jobs"]["publish"]
+    (publishes,) = [name for name, job in wheels["jobs"].items() if "gh-action-pypi-publish" in str(job)]
+    assert publishes == "publish"
+    assert set(publish["needs"]) == set(wheels["jobs"]) - {"publish"}
+    (call,) = [job for job in wheels["jobs"].values() if job.get("uses") == "$/.github/workflows/checks.yml"]
+    assert call["if"] == publish["if"] == "startsWith(github.ref, 'refs/tags/v')"  # no always(): a red job stops it
+    assert call["permissions"] == {"contents": "read"}
+    assert "workflow_call" in checks[True]  # YAML takes `on` for it
+    assert "github.workflow" not in checks["concurrency"]["group"]  # that is the caller's, which would wait for itself
+    assert {step.get("run") for job in checks["jobs"].values() for step in job["steps"]} >= {"make check", "make audit"}
+    for job in (*wheels["jobs"].values(), *checks["jobs"].values()):
+        assert "continue-on-error" not in str(job)
+        assert job is call or job is publish or "if" not in job
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32" or shutil.which("make") is None, reason="no make, or one that runs no such stand-ins"
+)
+@pytest.mark.parametrize("torch", ["torch==2.13.0+cpu", "torch @ file:///torch.whl", ""])
+@pytest.mark.parametrize("verdict", [0, 1])
+def test_audit_is_green_only_if_everything_was_looked_at(torch: str, verdict: int, tmp_path: Path) -> None:
+    """The versions of the index, so torch's without +cpu; strictly, so that what is not there is an error; torch among them."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    scripts = tmp_path / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    for name, says in {
+        "python": f"case \"$*\" in *freeze*) printf '%s\\n' 'numpy==2.4.6' '{torch}' 'torchrl==0.14.0';; esac",
+        "pip-audit": f'echo "$@" > asked; cat .cache/audit.txt >> asked; exit {verdict}',
+    }.items():
+        (scripts / name).write_text(f"#!/bin/sh\n{says}\n")
+        (scripts / name).chmod(0o755)
+    made = [part for target in ("setup", ".venv/tools", ".venv/release") for part in ("--old-file", target)]
+    done = subprocess.run(["make", *made, "audit"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    green = verdict == 0 and torch.startswith("torch==")
+    assert (done.returncode == 0) == green, done.stdout + done.stderr
+    if green:
+        options, *audited = (tmp_path / "asked").read_text().splitlines()
+        assert "--strict" in options.split()
+        assert "--requirement .cache/audit.txt" in options
+        assert audited == ["numpy==2.4.6", "torch==2.13.0", "torchrl==0.14.0"]
+
+
 # ---------------------------------------------------------------- the native operator, or none
 
 BUILD = """
@@ -136,31 +191,16 @@ getattr(build_meta, hook)(out)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
-@pytest.mark.parametrize(
-    ("torch", "environment", "reason"),
-    [
-        ("2.13.0", {"RIM_RNN_NATIVE": "0"}, "RIM_RNN_NATIVE=0"),
-        ("2.13.0", {"CC": "/nonexistent", "CXX": "/nonexistent"}, "/nonexistent"),
-        ("2.13.0", {"CC": "false", "CXX": "false"}, "false"),
-        ("2.9.1+cpu", {}, "it needs torch 2.10 or newer, found 2.9.1+cpu"),
-        ("", {}, "No module named 'torch'"),
-        ("", {"BROKEN": "OSError('libtorch_cpu.so: cannot open shared object file')"}, "libtorch_cpu.so: cannot open"),
-    ],
-)
-def test_installs_without_the_operator(hook: str, torch: str, environment: dict[str, str], reason: str, tmp_path: Path) -> None:
-    """One line says so, and no binary of an earlier build is left to be taken up."""
-    if sys.platform == "win32" and "RIM_RNN_NATIVE" not in environment:
-        reason = "the sources need GCC or Clang"
-    project, out = copy_of_the_project(tmp_path), tmp_path / "out"
-    utils = tmp_path / "torch" / "utils"  # a torch that has nothing but what the build asks for
+def build(hook: str, torch: str, environment: dict[str, str], place: Path) -> subprocess.CompletedProcess[str]:
+    """A frontend's build of a copy of the project in which a binary of an earlier build lies, into ``out``."""
+    project, out = copy_of_the_project(place), place / "out"
+    utils = place / "torch" / "utils"  # a torch that has nothing but what the build asks for
     utils.mkdir(parents=True)
     (utils / "__init__.py").touch()
     (utils / "cpp_extension.py").write_text("include_paths = library_paths = list")
     absent = "raise " + environment.get("BROKEN", "ModuleNotFoundError(\"No module named 'torch'\")")
     (utils.parent / "__init__.py").write_text(f"__version__ = {torch!r}" if torch else absent)
-    kept = {name: value for name, value in os.environ.items() if name != "RIM_RNN_NATIVE"} | {"PYTHONPATH": str(tmp_path)}
+    kept = {name: value for name, value in os.environ.items() if name != "RIM_RNN_NATIVE"} | {"PYTHONPATH": str(place)}
     built = project / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     earlier = (project / "src" if hook == "build_editable" else built) / "rim_rnn" / "_native.abi3.so"
     earlier.parent.mkdir(parents=True, exist_ok=True)
@@ -169,16 +209,62 @@ def test_installs_without_the_operator(hook: str, torch: str, environment: dict[
 
     command = [sys.executable, "-c", BUILD, hook, str(out)]
     out.mkdir()
-    done = subprocess.run(command, env=kept | environment, cwd=project, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=kept | environment, cwd=project, capture_output=True, text=True, check=False)
+
+
+WITHOUT: list[tuple[str, dict[str, str], str]] = [
+    ("2.13.0", {"CC": "/nonexistent", "CXX": "/nonexistent"}, "/nonexistent"),
+    ("2.13.0", {"CC": "false", "CXX": "false"}, "false"),
+    ("2.9.1+cpu", {}, "it needs torch 2.10 or newer, found 2.9.1+cpu"),
+    ("", {}, "No module named 'torch'"),
+    ("", {"BROKEN": "OSError('libtorch_cpu.so: cannot open shared object file')"}, "libtorch_cpu.so: cannot open"),
+]
+"""The version of torch, the environment and the reason that is given."""
+hooks = pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+
+
+@pytest.mark.slow
+@hooks
+@pytest.mark.parametrize(
+    ("torch", "environment", "reason"), [("2.13.0", {"RIM_RNN_NATIVE": "0"}, "RIM_RNN_NATIVE=0"), *WITHOUT]
+)
+def test_installs_without_the_operator(hook: str, torch: str, environment: dict[str, str], reason: str, tmp_path: Path) -> None:
+    """One line says so, no binary of an earlier build is left to be taken up, and the wheel is one for any machine."""
+    if sys.platform == "win32" and "RIM_RNN_NATIVE" not in environment:
+        reason = "the sources need GCC or Clang"
+    done = build(hook, torch, environment, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("rim_rnn: ")]
     assert line.startswith("rim_rnn: installing without the native operator, in pure Python: ")
     assert reason in line
-    (wheel,) = out.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     assert not [name for name in names if "_native" in name]
-    assert any(name.endswith("rim_rnn/native.py") for name in names) == (hook == "build_wheel")
-    assert not (project / "src" / "rim_rnn" / "_native.abi3.so").exists()
+    assert not (tmp_path / "project" / "src" / "rim_rnn" / "_native.abi3.so").exists()
+    if hook == "build_wheel":
+        assert "rim_rnn/native.py" in names
+        assert wheel.name == f"rim_rnn-{rim_rnn.__version__}-py3-none-any.whl"
+        described = archive.read(f"rim_rnn-{rim_rnn.__version__}.dist-info/WHEEL").decode()
+        assert "Root-Is-Purelib: true" in described
+        assert "Tag: py3-none-any" in described
+
+
+@pytest.mark.slow
+@hooks
+@pytest.mark.parametrize(("torch", "environment", "reason"), WITHOUT)
+def test_an_operator_that_is_asked_for_is_built(
+    hook: str, torch: str, environment: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    """RIM_RNN_NATIVE=1: where it can not be, there is no wheel, and the last line says why."""
+    if sys.platform == "win32":
+        reason = "the sources need GCC or Clang"
+    done = build(hook, torch, environment | {"RIM_RNN_NATIVE": "1"}, tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("rim_rnn: RIM_RNN_NATIVE=1, but the native operator can not be built: ")
+    assert reason in last
+    assert not [*(tmp_path / "out").glob("*.whl")]
 
 
 def reason_in(folder: Path) -> str:
@@ -194,7 +280,7 @@ def reason_in(folder: Path) -> str:
 def test_a_binary_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None, one older than its sources (a checkout that was updated), and one that can not be loaded."""
     monkeypatch.delenv("RIM_RNN_NATIVE", raising=False)
-    monkeypatch.setattr(readable, "is_registered", lambda *_: False)  # as in a process that has none yet
+    monkeypatch.setattr(fast, "is_registered", lambda *_: False)  # as in a process that has none yet
     assert (
         reason_in(tmp_path)
         == "the native operator is not installed (the page Installing says where it is, and how to build it)"
@@ -290,15 +376,21 @@ def test_sources_import_nothing_else() -> None:
 def test_imports_run_one_way() -> None:
     """Stages, the definition, operators, cell, layer: each module imports only those before it, and none inside a function."""
     order = [
+        "arguments",
+        "surroundings",
         "units",
         "recording",
         "input_attention",
         "dynamics",
         "communication",
+        "intact",
         "step",
+        "operator",
         "readable",
+        "fast",
         "native",
         "cell",
+        "layout",
         "layer",
     ]
     assert {f"{name}.py" for name in order} | {"__init__.py", "__main__.py"} == MODULES
@@ -311,7 +403,14 @@ def test_imports_run_one_way() -> None:
         ours = {name.partition(".")[2] for name in names if name.startswith("rim_rnn.")}
         assert ours <= set(order[:place]), module
         if module == "step":
-            assert ours <= set(order[:5])
+            assert ours <= set(order[2:8])
+        if module in ("arguments", "surroundings", "units", "recording"):
+            assert not ours, module
+
+
+def test_what_stands_below_the_definition_knows_its_methods() -> None:
+    """By name, for it can not import the class."""
+    assert {name for name, value in vars(Step).items() if callable(value)} - {"__init__"} == intact.STEP
 
 
 SECOND = """

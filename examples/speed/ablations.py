@@ -39,7 +39,7 @@ PACKAGE = Path(rim_rnn.__file__).parent
 ROOT = PACKAGE.parents[1]
 
 STEP, PLAN, GEMM, VEC, AVX512 = (f"csrc/{name}" for name in ("step.h", "rim.cpp", "gemm.h", "vec.h", "avx512.cpp"))
-NATIVE, DEFINITION, DYNAMICS, COMMUNICATION = "native.py", "step.py", "dynamics.py", "communication.py"
+FAST, DEFINITION, DYNAMICS, COMMUNICATION = "fast.py", "step.py", "dynamics.py", "communication.py"
 
 
 class Ablation(NamedTuple):
@@ -218,16 +218,16 @@ ABLATIONS = [
         ALL,
         (
             (
-                NATIVE,
-                "output, h_n, c_n = torch.ops.rim_rnn.infer.default(*tensors, *sizes)",
-                "output, h_n, c_n, *_ = torch.ops.rim_rnn.scan.default(*tensors, *sizes)",
+                FAST,
+                "output, h_n, c_n = self._infer(*tensors, *sizes)",
+                "output, h_n, c_n, *_ = self._scan(*tensors, *sizes)",
             ),
         ),
     ),
     Ablation(
         "an `autograd.Function` instead of the autograd of `torch.library`",
         ("small", "act16"),
-        ((NATIVE, "_Scan.apply if ours else ", ""),),
+        ((FAST, "self._differentiable if ours else ", ""),),
     ),
     Ablation(
         "products of bfloat16, where the processor has them",
@@ -240,9 +240,9 @@ ABLATIONS = [
         ("bfloat16",),
         (
             (
-                NATIVE,
-                "    traces: list[Trace] = []\n",
-                "    traces: list[Trace] = []\n    if input.dtype in NARROW:\n        return None\n",
+                FAST,
+                "        traces: list[Trace] = []\n",
+                "        traces: list[Trace] = []\n        if input.dtype in NARROW:\n            return None\n",
             ),
         ),
     ),

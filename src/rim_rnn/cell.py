@@ -1,21 +1,14 @@
 """RIMCell: a step with the manners of torch.nn.LSTMCell, run over time by whatever path takes it."""
 
-from contextlib import nullcontext
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from typing_extensions import TypedDict, TypeVar, Unpack, override
 
 from rim_rnn import native, readable
-from rim_rnn.dynamics import State
-from rim_rnn.recording import Trace
-from rim_rnn.step import Step, does_more, is_any_hooked, oddity, over_time
-from rim_rnn.units import (
-    autocast_result_dtype,
-    check_alike,
+from rim_rnn.arguments import (
     check_bool,
     check_int,
     check_num_units,
@@ -25,13 +18,17 @@ from rim_rnn.units import (
     choose_k,
     choose_num_units,
     describe,
-    divide,
-    leaf,
     plain_int,
-    refuse_to_script,
-    reset,
-    unite,
 )
+from rim_rnn.dynamics import State
+from rim_rnn.intact import does_more, is_any_hooked, oddity
+from rim_rnn.recording import Trace
+from rim_rnn.step import Step, over_time
+from rim_rnn.surroundings import autocast_result_dtype, check_alike, leaf, refuse_to_script
+from rim_rnn.units import divide, reset, unite
+
+PATHS = (native.scan, readable.scan, readable.loop, readable.unrolled)
+"""Other ways to run :meth:`Step.scan`. Each returns ``None`` for a call that it does not take; the first that does has it."""
 
 StateT = TypeVar("StateT", default=tuple[Tensor, Tensor])
 """What a user passes and gets as state: ``(h, c)`` for LSTM, ``h`` for GRU."""
@@ -278,17 +275,12 @@ class RIMCell(Step, Generic[StateT]):
         reverse: bool = False,
         record: bool = False,
     ) -> tuple[Tensor, State, list[Trace]]:
-        """:meth:`scan`, by the path that takes it."""
-        done = native.scan(self, input, state, batch_sizes, reverse, record)
-        if done is None:
-            done = readable.scan(self, input, state, batch_sizes, reverse, record)
-        if done is None and not record:
-            done = readable.loop(self, input, state, batch_sizes, reverse)
-        if done is None:  # a compiler sees every step, and is shown one computation of what parametrisations compute
-            once = parametrize.cached() if torch.compiler.is_compiling() and readable.is_computed(self) else nullcontext()
-            with once:
-                done = self.scan(input, state, batch_sizes, reverse, record)
-        return done
+        """:meth:`scan`, by the first of :data:`PATHS` that takes it."""
+        for path in PATHS:
+            done = path(self, input, state, batch_sizes, reverse, record)
+            if done is not None:
+                return done
+        return self.scan(input, state, batch_sizes, reverse, record)
 
     def is_called(self) -> bool:
         """Whether a layer calls the cell at each step, for that does more than :meth:`run`: a hook, a forward of its own."""

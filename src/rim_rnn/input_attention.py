@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rim_rnn.units import SharedProjection, UnitProjection, autocast_dtype, draw_dropout, is_exporting, reset
+from rim_rnn.surroundings import autocast_dtype, is_exporting
+from rim_rnn.units import SharedProjection, UnitProjection, draw_dropout, reset
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

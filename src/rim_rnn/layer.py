@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import torch
@@ -12,23 +11,20 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack, override
 
 from rim_rnn import native
-from rim_rnn.cell import RIMCell, StateT, UnitOptions
-from rim_rnn.dynamics import State
-from rim_rnn.recording import Record, assemble
-from rim_rnn.units import (
-    autocast_dtype,
-    autocast_result_dtype,
-    check_alike,
+from rim_rnn.arguments import (
     check_bool,
     check_int,
     check_probability,
     check_sizes,
     choose_num_units,
     describe,
-    leaf,
     plain_int,
-    refuse_to_script,
 )
+from rim_rnn.cell import RIMCell, StateT, UnitOptions
+from rim_rnn.dynamics import State
+from rim_rnn.layout import Layout
+from rim_rnn.recording import Record, assemble
+from rim_rnn.surroundings import autocast_dtype, leaf, refuse_to_script
 
 
 def cell_in(module: nn.Module) -> RIMCell[Any]:
@@ -352,12 +348,13 @@ class RIM(nn.Module, Generic[StateT]):
         modules: Any = self._modules["cells"]  # without a search, as RIMCell.stages
         return [cell_in(module) for module in modules]  # list(...) would let Python collect garbage more often
 
-    def _check_input(self, input: object, weight: Tensor) -> None:
-        """What :class:`torch.nn.LSTM` demands of its input, in its words."""
+    def _check_input(self, input: object, cell: RIMCell[Any]) -> Tensor:
+        """What :class:`torch.nn.LSTM` demands of its input, in its words. A tensor of the parameters' dtype and device."""
         packed = isinstance(input, PackedSequence)
         x = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(x, Tensor):
             raise TypeError(f"RIM: Expected input to be a Tensor or a PackedSequence, got: {type(x).__name__}")
+        weight = cell.like(x)
         if x.dim() not in ((2,) if packed else (2, 3)):
             if packed:
                 raise RuntimeError(f"RIM: Expected packed data to be 2D, got {x.dim()}D instead")
@@ -372,24 +369,28 @@ class RIM(nn.Module, Generic[StateT]):
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}")
         if not packed and x.size(1 if self.batch_first and x.dim() == 3 else 0) == 0:
             raise RuntimeError(f"Expected sequence length to be larger than 0 in RIM, got input of size {tuple(x.shape)}")
+        return weight
 
-    def _check_hx(
-        self, cells: list[RIMCell[Any]], weight: Tensor, state: State, batch: int, batched: bool, packed: bool
-    ) -> State:
-        """The given states as ``(D * num_layers, N, features)`` each, or the error that says what does not fit."""
-        cell = cells[0]
-        dim = 3 if batched else 2
+    def _first_states(self, cells: list[RIMCell[Any]], layout: Layout, x: Tensor, weight: Tensor, hx: object) -> list[State]:
+        """Each cell's, of a zero for every feature or of what was given; or the error that says what of it does not fit."""
+        alone = len(cells) == 1
+        if hx is None:
+            return [cells[0].zero_state(x, 1, layout.batch)] if alone else [cells[0].zero_state(x, layout.batch)] * len(cells)
+        # Where a packed batch lies in its order, nn.LSTM leaves the states to its operator, which raises another error.
+        in_order = layout.packed and layout.sorted_indices is None
+        state: State = cells[0].check_state(hx, too_few=RuntimeError if in_order else TypeError)
+        dim = 3 if layout.batched else 2
         if any(s.dim() != dim for s in state):
-            kind = "packed" if packed else "batched 3-D" if batched else "unbatched 2-D"
+            kind = "packed" if layout.packed else "batched 3-D" if layout.batched else "unbatched 2-D"
             got = ", ".join(f"{s.dim()}-D" for s in state)
-            error = TypeError if packed and self.mode == "LSTM" and any(s.dim() < 3 for s in state) else RuntimeError
+            error = TypeError if layout.packed and self.mode == "LSTM" and any(s.dim() < 3 for s in state) else RuntimeError
             raise error(f"For {kind} input, hx should be {dim}-D but got ({got}) tensors")
-        for s, (name, size) in zip(state, cell.state_sizes().items(), strict=True):
-            expected = (len(cells), batch, size) if batched else (len(cells), size)
+        for s, (name, size) in zip(state, cells[0].state_sizes().items(), strict=True):
+            expected = (len(cells), layout.batch, size) if layout.batched else (len(cells), size)
             if s.shape != expected:
                 raise RuntimeError(f"Expected {name}_0 size {expected}, got {tuple(s.shape)}")
-        state = tuple(check_alike(f"{name}_0", s, weight) for name, s in zip("hc", state, strict=False))
-        return state if batched else tuple(s.unsqueeze(1) for s in state)
+        state = layout.unpack_state(state, weight)
+        return [state] if alone else list(zip(*(s.unbind(0) for s in state), strict=True))
 
     @overload
     def forward(self, input: Tensor, hx: StateT | list[Tensor] | None = None) -> tuple[Tensor, StateT]: ...
@@ -402,38 +403,10 @@ class RIM(nn.Module, Generic[StateT]):
         if (call := leaf(self, input, hx)) is not None:
             return cast("tuple[Tensor, StateT]", call)
         cells = self._cells()
-        alone = len(cells) == 1
-        x = input.data if isinstance(input, PackedSequence) else input
-        weight = cells[0].like(x) if isinstance(x, Tensor) else torch.empty(0)
-        self._check_input(input, weight)
-        batch_sizes = sorted_indices = unsorted_indices = None
-        batched = True
-        if isinstance(input, PackedSequence):
-            x, batch_sizes, sorted_indices, unsorted_indices = input
-            sizes = cast("list[int]", batch_sizes.tolist())
-            if not sizes or any(later > earlier for earlier, later in pairwise(sizes)):
-                raise RuntimeError(f"batch_sizes of a PackedSequence should be there and never grow, got {sizes}")
-            batch = sizes[0]
-        else:
-            x, sizes, batched = input, None, input.dim() == 3
-            if not batched:
-                x = x.unsqueeze(1)
-            elif self.batch_first:
-                x = x.transpose(0, 1).contiguous()  # a copy: the input may be changed in place before backward, as nn.LSTM's
-            batch = x.size(1)
-        given = x.dtype
-        x = check_alike("input", x, weight)
-        if hx is None:
-            first = [cells[0].zero_state(x, 1, batch)] if alone else [cells[0].zero_state(x, batch)] * len(cells)
-        else:
-            # Where a packed batch lies in its order, nn.LSTM leaves the states to its operator, which raises another error.
-            in_order = batch_sizes is not None and sorted_indices is None
-            state: State = cells[0].check_state(hx, too_few=RuntimeError if in_order else TypeError)
-            given = state[0].dtype
-            state = self._check_hx(cells, weight, state, batch, batched, batch_sizes is not None)
-            if sorted_indices is not None:
-                state = tuple(s.index_select(1, sorted_indices) for s in state)
-            first = [state] if alone else list(zip(*(s.unbind(0) for s in state), strict=True))
+        weight = self._check_input(input, cells[0])
+        layout = Layout(input, self.batch_first)
+        x = layout.unpack(input, weight)
+        first = self._first_states(cells, layout, x, weight, hx)
         modules: Any = [*cast("nn.ModuleList", self._modules["cells"])]
         last: list[State] = []
         traces = []
@@ -442,7 +415,7 @@ class RIM(nn.Module, Generic[StateT]):
             for direction in range(self.num_directions):
                 index = layer * self.num_directions + direction
                 cell, module = cells[index], modules[index]
-                arguments = x, first[index], sizes, direction == 1, bool(self._recorders)
+                arguments = x, first[index], layout.sizes, direction == 1, bool(self._recorders)
                 called = module is not cell or cell.is_called()
                 output, final, trace = cell.call_over_time(module, *arguments) if called else cell.run(*arguments)
                 outputs.append(output)
@@ -452,26 +425,9 @@ class RIM(nn.Module, Generic[StateT]):
             if self.dropout and layer < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, self.training)
         for records in self._recorders:
-            records.append(assemble(traces, unsorted_indices, batched))
-
-        state = last[0] if alone else tuple([torch.stack(s) for s in zip(*last, strict=True)])
-        if autocast_dtype(x.device):
-            fused = self.mode == "LSTM" and batch_sizes is None and not self.proj_size
-            dtypes = [autocast_result_dtype(given, x.device, lowered) for lowered in (fused or self.proj_size > 0, fused)]
-            x, state = x.to(dtypes[0]), tuple(s.to(dtype) for s, dtype in zip(state, dtypes, strict=False))
-        if unsorted_indices is not None:
-            state = tuple(s.index_select(1, unsorted_indices) for s in state)
-        transposed = self.batch_first and batched and batch_sizes is None
-        if transposed:
-            x = x.transpose(0, 1)
-        # What users of nn.LSTM and nn.GRU may change in place, or detach, is neither needed by backward nor a view.
-        changeable = self.mode == "GRU" or self.proj_size > 0 or x.dtype == torch.float64 or batch_sizes is not None
-        traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        if (changeable and (x.requires_grad or traced) and not self.bidirectional) or (transposed and self.mode == "GRU"):
-            x = x.clone()
-        if not batched:
-            x, state = x.squeeze(1), tuple(s.squeeze(1) for s in state)
-        sequence = x if batch_sizes is None else PackedSequence(x, batch_sizes, sorted_indices, unsorted_indices)
+            records.append(assemble(traces, layout.unsorted_indices, layout.batched))
+        state = last[0] if len(cells) == 1 else tuple([torch.stack(s) for s in zip(*last, strict=True)])
+        sequence, state = layout.pack(x, state, self.mode == "LSTM", self.proj_size > 0, self.bidirectional)
         return sequence, cast("StateT", state if self.mode == "LSTM" else state[0])
 
     if TYPE_CHECKING:

@@ -1,0 +1,82 @@
+"""What torch is doing around a call: autocast, export, tracing; and what a call has to be given for it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast uses on ``device``, or ``None`` where it is off."""
+    kind = device.type
+    # torch.compile of torch 2.10 can not look inside is_autocast_available.
+    known = kind == "cpu" or (kind != "meta" if torch.compiler.is_compiling() else torch.amp.is_autocast_available(kind))
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
+
+
+def autocast_result_dtype(given: torch.dtype, device: torch.device, lowered: bool = False) -> torch.dtype:
+    """The dtype of a result, as torch's own recurrent modules have it: that of the ``given`` state unless under autocast.
+
+    Autocast leaves float64 alone. Elsewhere the result has autocast's dtype; on a CPU only if an operator that autocast lowers
+    makes it (``lowered``: a padded ``nn.LSTM``, which is one operator, or a projection), else what both dtypes promote to.
+    """
+    lower = autocast_dtype(device)
+    if lower is None or given == torch.float64:
+        return given
+    return lower if lowered or device.type != "cpu" else torch.promote_types(given, lower)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work: what is_exporting() says, but under Dynamo of torch 2.10, which takes it for true."""
+    return torch.compiler._is_exporting_flag
+
+
+def check_alike(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
+    """``tensor`` in the parameters' dtype under autocast; else a ``RuntimeError`` if dtype, device or layout do not fit."""
+    if tensor.device != weight.device:
+        raise RuntimeError(
+            f"Input and parameter tensors are not at the same device: {name} is at {tensor.device}, the parameters "
+            f"at {weight.device}. Move it: {name}.to('{weight.device}'), or the model: model.to('{tensor.device}')"
+        )
+    if tensor.dtype != weight.dtype:
+        known = (torch.float32, torch.bfloat16, torch.float16)  # to autocast, which leaves float64 alone
+        if not (autocast_dtype(tensor.device) and tensor.dtype in known and weight.dtype in known):
+            raise RuntimeError(
+                f"{name} dtype ({tensor.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert it: {name}.to({weight.dtype}), or the model: model.to({tensor.dtype})"
+            )
+        tensor = tensor.to(weight.dtype)
+    if tensor.is_complex() or tensor.layout is not torch.strided:
+        raise RuntimeError(f"{name} should be strided and of real numbers, got {tensor.layout} and {tensor.dtype}")
+    return tensor
+
+
+def leaf(module: nn.Module, input: Any, hx: Any) -> fx.Proxy | None:
+    """A call of the module, for torch.fx.symbolic_trace, which looks into it as little as into a module of torch.nn.
+
+    ``None`` where nothing is traced: neither the input nor a state is a stand-in.
+    """
+    proxy = next(
+        (part for part in (input, hx, *(hx if isinstance(hx, tuple | list) else ())) if isinstance(part, fx.Proxy)), None
+    )
+    if proxy is None:
+        return None
+    name = type(module).__name__
+    tracer: Any = proxy.tracer
+    try:
+        path = tracer.path_of_module(module)
+    except NameError:
+        path = ""
+    if not path:  # it is the root itself, or was put into it while tracing
+        raise fx.proxy.TraceError(f"symbolic_trace does not look inside a {name}: trace a module that holds one")
+    call: fx.Proxy = tracer.create_proxy("call_module", path, (input,) if hx is None else (input, hx), {})
+    return call
+
+
+def refuse_to_script(module: nn.Module) -> None:
+    """What :func:`torch.jit.script` asks of a module, and of those in it, before it begins."""
+    name = type(module).__name__
+    raise NotImplementedError(
+        f"torch.jit.script can not take a {name}; torch.export.export, torch.compile and torch.jit.trace can (torch.jit.trace "
+        "for the number of steps that it is shown)"
+    )
