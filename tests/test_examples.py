@@ -576,10 +576,11 @@ def test_weights_that_several_sizes_have_chosen_are_in_a_file_once(run: Callable
     length = {}
     for name, sizes in (("two", [15]), ("four", [15, 16, 17])):
         run("--valid", 9, "--valid_sizes", *sizes, "--epochs", 1, "--eval_sizes", "--log_dir", tmp_path / name)
-        length[name] = [(tmp_path / name / file).stat().st_size for file in (checkpoint.CHECKPOINT, checkpoint.WEIGHTS)]
+        length[name] = [(tmp_path / name / file).stat().st_size for file in (checkpoint.WEIGHTS, checkpoint.CHECKPOINT)]
     parameters = 4 * read_log(tmp_path / "two")[0]["parameters"]
-    for two, four in zip(length["two"], length["four"], strict=True):
+    for two, four, copies in zip(length["two"], length["four"], (1, 4), strict=True):  # the last, two moments, the chosen ones
         assert four - two < parameters / 10
+        assert four < 1.3 * copies * parameters
 
 
 def assert_evaluated(endings: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,10 +167,11 @@ class Trainer:
         """Those that are evaluated, with the log. Where the data lay is left out: others have them elsewhere."""
         if self.processes.first:
             header = self.header | {"arguments": {n: v for n, v in self.header["arguments"].items() if n != "data_dir"}}
-            weights = self.evaluated.state_dict()
-            weights.update({name: value.cpu() for name, value in weights.items()})
-            sizes = {size: {"model": best["model"]} for size, best in self.sizes.items()}
-            state = {"header": header, "metrics": self.metrics, "best": {"model": weights}, "sizes": sizes}
+            best = self.best or {"model": self.evaluated.state_dict()}
+            for weights in (best["model"], *(chosen["model"] for chosen in self.sizes.values())):
+                weights.update({name: value.cpu() for name, value in weights.items()})
+            sizes = {size: {"model": chosen["model"]} for size, chosen in self.sizes.items()}
+            state = {"header": header, "metrics": self.metrics, "best": {"model": best["model"]}, "sizes": sizes}
             checkpoint.save(self.log_dir, state, checkpoint.WEIGHTS)
 
     def fit(self) -> None:
@@ -193,11 +194,12 @@ class Trainer:
                 **(self.test() if epoch == self.args.epochs or epoch % self.args.test_every == 0 else self.no_test()),
                 "seconds": round(progress["seconds"], 2),
             }
+            weights = copy.deepcopy(self.evaluated.state_dict())
             if self.args.valid:
-                self.choose(line)
+                self.choose(line, weights)
                 line["chosen"] = self.best["epoch"]
             if self.valid_sizes:
-                line["held_out"] = [*progress["held_out"], self.choose_for_sizes(validation)]
+                line["held_out"] = [*progress["held_out"], self.choose_for_sizes(validation, weights)]
                 began -= progress["evaluation_seconds"]
             line["evaluation_seconds"] = round(time.monotonic() - began, 2)
             self.metrics.append(line)
@@ -247,20 +249,20 @@ class Trainer:
         """Of the first measure: more is better."""
         return value if next(iter(self.task.measures)) == "accuracy" else -value
 
-    def choose(self, line: dict[str, Any]) -> None:
+    def choose(self, line: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Keeps the weights of this epoch where none before was better on the validation examples."""
         score = self.score(line[f"valid_{next(iter(self.task.measures))}"])
         if not self.best or score > self.best["score"]:
-            self.best = {"epoch": line["epoch"], "score": score, "model": copy.deepcopy(self.evaluated.state_dict())}
+            self.best = {"epoch": line["epoch"], "score": score, "model": weights}
 
-    def choose_for_sizes(self, validation: dict[str, Any]) -> dict[str, Any]:
-        """Keeps the present weights for each size at which none before were better; the validation with its step."""
+    def choose_for_sizes(self, validation: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Keeps these weights for each size at which none before were better; the validation with its step."""
         step = self.progress["epoch"] * self.batches + self.progress["batch"]
         values = validation[f"valid_{next(iter(self.task.measures))}"]
         scores = {size: self.score(value) for size, value in values.items()}
-        better = [size for size, score in scores.items() if size not in self.sizes or score > self.sizes[size]["score"]]
-        weights = copy.deepcopy(self.evaluated.state_dict()) if better else {}
-        self.sizes |= {size: {"step": step, "score": scores[size], "model": weights} for size in better}
+        for size, score in scores.items():
+            if size not in self.sizes or score > self.sizes[size]["score"]:
+                self.sizes[size] = {"step": step, "score": score, "model": weights}
         return {"step": step, **validation}
 
     def train_epoch(self) -> None:
@@ -299,7 +301,8 @@ class Trainer:
         if not every or progress["batch"] % every or len(progress["held_out"]) == progress["batch"] // every:
             return
         began = time.monotonic()
-        progress["held_out"].append(self.choose_for_sizes(self.validate()))
+        weights = copy.deepcopy(self.evaluated.state_dict())
+        progress["held_out"].append(self.choose_for_sizes(self.validate(), weights))
         progress["evaluation_seconds"] += time.monotonic() - began
         self.parallel.train()
 
