@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
+from docutils import nodes
+from latex2mathml.converter import convert
 from matplotlib import pyplot as plt
 
 import rim_rnn
@@ -23,7 +25,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -75,7 +76,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # one signature, as on the pages of torch.nn, instead of one per overload
 maximum_signature_line_length = 60
 napoleon_attr_annotations = False
-mathjax_path = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"
+html_math_renderer = "mathml"
 copybutton_exclude = ".linenos, .gp, .go"
 
 html_theme = "furo"
@@ -92,8 +93,16 @@ html_theme_options = {
 }
 
 
+def equation(translator, node):
+    """MathML, which browsers draw by themselves: the pages load nothing from elsewhere, and open from a disk."""
+    block = isinstance(node, nodes.math_block)
+    mathml = convert(node.astext(), display="block" if block else "inline")
+    translator.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
+    raise nodes.SkipNode
+
+
 def setup(app):
-    """Tables of some pages are made when they are read, which is whenever the pages are built; the gallery's have no source."""
+    """Equations; tables that are made when a page is read, which is whenever pages are built; no source of a gallery page."""
 
     def read(app, page, source):
         source[0] = reliability.fill(source[0]) if page in reliability.PAGES else source[0]
@@ -102,6 +111,7 @@ def setup(app):
         if page.startswith("gallery/"):
             context["page_source_suffix"] = ""
 
+    app.add_html_math_renderer("mathml", (equation, None), (equation, None))
     app.connect("source-read", read)
     app.connect("html-page-context", link)
     app.connect("env-get-outdated", lambda *_: list(reliability.PAGES))

@@ -129,7 +129,7 @@ def first_weights() -> str:
     seeds = ", ".join(sorted({str(run["seed"]) for run in runs}))
     cpus, commits = (" and ".join(sorted({run[what] for run in runs})) for what in ("cpu", "commit"))
     end = f"`{runs[0]['command']}`, seeds {seeds}, {runs[0]['date']}, commit {commits}, torch {runs[0]['torch']}, {cpus}."
-    return f"{table(['', *(f'times {scale}' for scale in scales)], rows)}\n\n{end}"
+    return f"{table(['measure', *(f'times {scale}' for scale in scales)], rows)}\n\n{end}"
 
 
 def origin(log: dict[str, Any]) -> str:

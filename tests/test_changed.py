@@ -8,11 +8,12 @@ of the equations written out below, with that at the same place.
 
 from __future__ import annotations
 
+import abc
 import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -762,3 +763,62 @@ def test_no_record_of_a_forward_that_is_not_ours(place: Place, rnn_cell: str) ->
         run(module, *place.inputs(module))
     assert records == []
     run(module, *place.inputs(module))
+
+
+# Classes of other libraries
+
+
+T = TypeVar("T")
+
+
+class OfNoKind:
+    """A mix-in of no kind."""
+
+
+class OfKind(Generic[T]):
+    """One with a parameter of type."""
+
+
+class Abstract(abc.ABC):  # noqa: B024
+    """One of whose methods subclasses may have to give."""
+
+
+class AbstractFirst(abc.ABC, nn.Module):
+    """A module of its own, as some libraries mix into the class of each submodule."""
+
+
+class AbstractLast(nn.Module, abc.ABC):
+    """The same the other way round."""
+
+
+MIXED = [OfNoKind, OfKind, Abstract, AbstractFirst, AbstractLast]
+
+
+@pytest.mark.parametrize("mixin", MIXED)
+@pytest.mark.parametrize("first", [True, False])
+@units
+def test_another_class_is_mixed_in_from_either_side(rnn_cell: str, first: bool, mixin: type) -> None:
+    """Into the class of every module: it is the layer that it was."""
+    rnn = PLACES[0].make(rnn_cell)
+    inputs = PLACES[0].inputs(rnn)
+    expected = rnn(inputs[0], inputs[1] if rnn_cell == "GRU" else inputs[1:])
+
+    def mixed(module: nn.Module) -> Any:
+        kind: Any = type(module)
+        made = object.__new__(type(f"Mixed{kind.__name__}", (mixin, kind) if first else (kind, mixin), {}))
+        made.__dict__ |= module.__dict__ | {"_modules": {name: mixed(child) for name, child in module.named_children()}}
+        return made
+
+    rnn = mixed(rnn)
+    assert_same(rnn(inputs[0], inputs[1] if rnn_cell == "GRU" else inputs[1:]), expected)
+
+
+@units
+def test_no_module_inside_is_called_like_one_of_torch(rnn_cell: str) -> None:
+    """By which tools would take it for that, and look for its parameters."""
+    inside = [type(module).__name__ for module in RIM(3, 8, rnn_cell=rnn_cell, proj_size=4 * (rnn_cell == "LSTM")).modules()][
+        1:
+    ]
+    assert not [
+        name for name in inside for word in ("lstm", "gru", "rnn", "linear", "conv", "norm", "embed") if word in name.lower()
+    ]

@@ -13,6 +13,8 @@ import pytest
 import rim_rnn
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SITE = "https://rim-rnn.readthedocs.io/en/latest/"
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md")))]
 MODULES = ["rim_rnn", *(f"rim_rnn.{module.name}" for module in pkgutil.iter_modules(rim_rnn.__path__) if module.name[0] != "_")]
 
@@ -32,6 +34,34 @@ def test_examples_of_a_page(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     text = re.sub(r"^ *```.*$", "", text, flags=re.MULTILINE)  # a fence would count as output
     run([doctest.DocTestParser().get_doctest(text, {}, page, page, 0)])
+
+
+def test_code_of_the_readme_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each block alone, with its imports; what it prints stands behind the line."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+        assert capsys.readouterr().out.splitlines() == re.findall(r"^print\(.*\)  # (.+)$", block, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(rf"\]\({SITE}([^)]+)\)", README))))
+def test_links_of_the_readme_lead_to_a_page(link: str) -> None:
+    """Offline: to what a page is made from, and to the label or the heading in it."""
+    page, _, place = link.partition("#")
+    name = page.removesuffix(".html")
+    places = [ROOT / "docs" / f"{name}.md", ROOT / "examples" / f"{name}.py"]
+    (source,) = [ROOT / "examples/gallery/README.rst"] if name == "gallery/index" else filter(Path.exists, places)
+    text = source.read_text(encoding="utf-8")
+    headings = [
+        re.sub(r"[^\w -]", "", found.lower()).replace(" ", "-") for found in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    ]
+    assert not place or f"({place})=" in text or place in headings
+
+
+def test_the_readme_leads_to_no_source_of_a_page() -> None:
+    """Its directives show nothing there."""
+    assert not re.findall(r"\]\((docs/[^)]+\.md|examples/gallery)", README)
 
 
 @pytest.mark.parametrize("module", MODULES)

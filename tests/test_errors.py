@@ -153,7 +153,8 @@ def test_wrong_call(call: Any, error: type[Exception], message: str) -> None:
 
 @pytest.mark.parametrize("other", [nn.LSTM(4, 12), RIMCell(4, 12), RIM, None, nn.Sequential(RIM(4, 12)), "rnn"])
 def test_record_of_something_else(other: Any) -> None:
-    with pytest.raises(TypeError, match=r"record\(\) expects a rim_rnn\.RIM, got: \w+"), record(other):
+    name, remedy = type(other).__name__, "pass the layer, for example record(model.rnn)"
+    with pytest.raises(TypeError, match=re.escape(f"record() expects a rim_rnn.RIM, got: {name}; {remedy}")), record(other):
         pass
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import OF_THE_REPOSITORY
 from torch import nn
 
 import rim_rnn
@@ -74,7 +75,20 @@ def test_source_distribution_holds_what_a_build_needs(archives: dict[str, Path])
     assert {"pyproject.toml", "README.md", "LICENSE", "src/rim_rnn/py.typed"} <= names
     assert {f"src/rim_rnn/{name}" for name in MODULES} <= names
     assert {f"src/rim_rnn/csrc/{path.name}" for path in (SOURCES / "csrc").glob("*.*")} <= names
-    assert not [name for name in names if name.split("/")[0] in ("tests", "examples", "docs")]
+    assert not [name for name in names if name.split("/")[0] in ("examples", "docs")]
+
+
+@pytest.mark.slow
+def test_source_distribution_holds_the_tests_of_the_layer(archives: dict[str, Path]) -> None:
+    """For packagers: all but those of the repository itself, whose files are not there."""
+    with tarfile.open(archives["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    of_the_repository = {f"tests/test_{name}.py" for name in OF_THE_REPOSITORY}
+    kept = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py")} - of_the_repository
+    kept |= {f"tests/{name}.py" for name in ("conftest", "drawn", "oracle", "hostile")}
+    kept |= {f"tests/fixtures/{path.name}" for path in (ROOT / "tests" / "fixtures").iterdir()}
+    assert kept <= names
+    assert not of_the_repository & names
 
 
 def test_metadata(archives: dict[str, Path]) -> None:
@@ -110,8 +124,20 @@ def test_page_on_the_index_links_to_the_repository(archives: dict[str, Path]) ->
 
 
 def test_one_version_everywhere() -> None:
-    assert f"\nversion: {rim_rnn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f"\n## {rim_rnn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    """And one date, where there is one: until then README installs from the repository."""
+    citation, changes, page = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "CHANGELOG.md", "README.md")
+    )
+    heading = re.search(r"^## (\S+) \((\S+)\)$", changes, re.MULTILINE)
+    assert heading is not None
+    version, date = heading.groups()
+    assert version == rim_rnn.__version__
+    assert f"\nversion: {version}\n" in citation
+    assert re.findall("^date-released: (.+)$", citation, re.MULTILINE) == [date] * (date != "unreleased")
+    install = page.split("<!-- install -->")[1].split("<!-- install: end -->")[0].splitlines()
+    assert ("pip install rim-rnn" in install) == (date != "unreleased")
+    from_repository = "pip install --no-build-isolation git+https://github.com/rim-rnn/rim-rnn"
+    assert (from_repository in install) == (date == "unreleased")
 
 
 def test_what_the_project_s_papers_name_is_there() -> None:

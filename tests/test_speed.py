@@ -540,14 +540,29 @@ def document() -> dict[str, Any]:
 
 def test_the_table_shows_the_median_of_the_rounds_ratios(document: dict[str, Any]) -> None:
     lines = show.tables(document, "../results/native")["speed"].splitlines()
+    assert lines[0] == "| case | sizes | `RIM`, forward | `nn.LSTM` / `RIM` | `RIM`, forward + backward | `nn.LSTM` / `RIM` |"
     assert lines[2] == "| paper | T=7, N=8, 1 → 9 | 100 ms | **2.00** (1.50 to 3.00) | 300 ms | **1.00** (1.00 to 1.00) |"
     text = "\n".join(lines)
-    assert "median of 5 rounds" in text
+    assert "Medians of 5 rounds" in text
     assert "A processor, 2 of 4 cores (AVX2), Linux x86_64, float32, torch 2.13.0, Python 3.12.0." in text
     assert "rim-rnn 1.2.3 (native path), commit abc, 2026-01-02." in text
     assert "A training step of T=100 needs 3.00 MiB at its peak, with `nn.LSTM` 4.00 MiB." in text
     assert lines[-3] == "    python examples/speed/measure.py"
     assert lines[-1].endswith("(../results/native-ratios.png)")
+
+
+def test_a_machine_has_its_factors_in_a_sentence(document: dict[str, Any]) -> None:
+    short = show.tables(document, "native")["speed, in short"]
+    paper = "at the paper's size (T=7, N=8, 1 → 9), `RIM` is"
+    factors = "**2.00 times as fast** as `nn.LSTM` forward and **1.00 times as fast** in training."
+    assert short == f"On a CPU (A processor, 2 cores), {paper} {factors}"
+    document["everyday"] = {"words, GRU": {**document["cases"]["paper"], "case": {"rnn_cell": "GRU"}}}
+    everyday = show.tables(document, "native")["speed, in short"].removeprefix(short)
+    assert everyday == " At everyday sizes, in training: 1.00 to 1.00 times as fast as `nn.GRU`."
+    document["setup"] |= {"cpu": "A GPU, A processor", "instructions": "compute capability 9.0"}
+    document["cases"]["paper"]["seconds"]["forward"] = {"RIM": [4.0], "torch": [0.1]}
+    short = show.tables(document, "results/gpu/cuda")["gpu, in short"]
+    assert short.startswith(f"On a GPU (A GPU), {paper} **1/40 as fast** as `nn.LSTM` forward and ")
 
 
 def test_the_text_shows_the_floor(document: dict[str, Any]) -> None:
@@ -567,7 +582,7 @@ def test_the_everyday_table_has_ratios_and_the_floor(document: dict[str, Any]) -
     document["everyday"] = {"words, LSTM": document["cases"]["paper"]}
     row = show.tables(document, "native")["everyday"].splitlines()[2]
     assert row == "| words, LSTM | T=7, N=8, 1 → 9 | 0.25 | 100 ms | **2.00** | 5.0 | 300 ms | **1.00** | 15.0 |"
-    (table,) = show.tables(document, "../results/avx2/native").values()
+    table = show.tables(document, "../results/avx2/native")["avx2"]
     assert "\n| words, LSTM | " in table
 
 
@@ -613,15 +628,15 @@ def test_a_gpu_is_measured_and_has_graphs(tmp_path: Path) -> None:
 
 
 def test_a_log_on_other_terms_has_one_table(document: dict[str, Any]) -> None:
-    (table,) = show.tables(document, "../results/avx2/native").values()
+    table = show.tables(document, "../results/avx2/native")["avx2"]
     assert table.splitlines()[2] == "| paper | 100 ms | 2.00 | 300 ms | 1.00 |"
     assert "A processor, 2 of 4 cores (AVX2)" in table
     assert table.endswith("    python examples/speed/measure.py")
-    assert list(show.tables(document, "../results/avx2/native")) == ["avx2"]
+    assert list(show.tables(document, "../results/avx2/native")) == ["avx2", "avx2, in short"]
     assert "graphs" not in table
     seconds = {"RIM, graph": [0.4, 0.4], "torch, graph": [0.01, 0.01]}
     document["compiled"] = {"paper": {**document["cases"]["paper"], "seconds": {"forward": seconds, "train": seconds}}}
-    (table,) = show.tables(document, "../results/gpu/cuda").values()
+    table = show.tables(document, "../results/gpu/cuda")["gpu"]
     assert "| as CUDA graphs |" in table
     assert "\n| paper | 400 ms | 0.0250 | 400 ms | 0.0250 |\n" in table
 
@@ -653,7 +668,7 @@ def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path)
 @pytest.mark.parametrize(
     ("log", "page"),
     [
-        ("native", "README.md"),
+        *((log, page) for log in ("native", "gpu/cuda") for page in ("README.md", "docs/from_lstm.md")),
         *((log, "docs/performance.md") for log in ("native", "ablations")),
         *((f"{folder}/native", "docs/performance.md") for folder in ("avx2", "kept-memory", "last", "last-avx2")),
         ("gpu/cuda", "docs/performance.md"),

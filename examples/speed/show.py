@@ -201,9 +201,33 @@ def commands(document: Entry) -> str:
     return "\n".join(f"    {command}" for command in sorted({run["command"] for run in document["runs"].values()}))
 
 
+def in_short(document: Entry, stem: str) -> str:
+    """How the two layers compare on this machine, in a sentence or two: what a reader wants to know before any table."""
+
+    def beside(entry: Entry, way: str) -> str:
+        middle = ratios(entry, way)[1]
+        return f"**{times(middle)} times as fast**" if middle >= 1 else f"**1/{1 / middle:.0f} as fast**"
+
+    about, paper = document["setup"], document["cases"]["paper"]
+    gpu = "capability" in about["instructions"]
+    name = about["cpu"].split(" (")[0].split(",")[0]
+    where = f"GPU ({name})" if gpu else f"CPU ({name}, {about['threads']} cores)"
+    sentence = (
+        f"On a {where}, at the paper's size ({paper['sizes']}), `RIM` is {beside(paper, 'forward')} as `nn.LSTM` forward and "
+        f"{beside(paper, 'train')} in training."
+    )
+    parts = []
+    for cell in ("LSTM", "GRU"):
+        entries = [entry for entry in document.get("everyday", {}).values() if entry["case"]["rnn_cell"] == cell]
+        if entries:
+            middles = [ratios(entry, "train")[1] for entry in entries]
+            parts.append(f"{times(min(middles))} to {times(max(middles))} times as fast as `nn.{cell}`")
+    return sentence + f" At everyday sizes, in training: {', '.join(parts)}." * bool(parts)
+
+
 def cases_table(document: Entry, stem: str) -> str:
     """Each case beside torch's layer, with its origin and its picture below: README and documentation."""
-    rows = [["case", "sizes", "forward", "", "forward + backward", ""]]
+    rows = [["case", "sizes", *(cell for title in WAYS.values() for cell in (f"`RIM`, {title}", "`nn.LSTM` / `RIM`"))]]
     cases = document["cases"]
     for name, entry in cases.items():
         row = [name, entry["sizes"]]
@@ -213,8 +237,8 @@ def cases_table(document: Entry, stem: str) -> str:
         rows.append(row)
     rounds = sorted({len(entry["seconds"]["forward"]["RIM"]) for entry in cases.values()})
     below = [
-        "Milliseconds of `RIM`, and in bold how many times as long `nn.LSTM` (for `gru`: `nn.GRU`) of the same sizes takes: "
-        f"median of {' to '.join(map(str, sorted({rounds[0], rounds[-1]})))} rounds in turns, with quartiles. "
+        "Above 1 `RIM` is the faster one; the row `gru` is beside `nn.GRU`. "
+        f"Medians of {' to '.join(map(str, sorted({rounds[0], rounds[-1]})))} rounds in turns, in brackets the quartiles. "
         + origin(document)
     ]
     if memory := document.get("memory"):
@@ -238,7 +262,7 @@ def everyday_table(document: Entry, stem: str) -> str:
     """The sizes that people use: ratios, and how far from the floor both ways are."""
     needed = "RIM, winners only"
     head = ["case", "sizes", "arithmetic of `RIM` / `nn`"]
-    rows = [[*head, *(cell for title in WAYS.values() for cell in (title, "`nn` / `RIM`", "`RIM` / floor"))]]
+    rows = [[*head, *(cell for title in WAYS.values() for cell in (f"`RIM`, {title}", "`nn` / `RIM`", "`RIM` / floor"))]]
     for name, entry in document.get("everyday", {}).items():
         row = [name, entry["sizes"], times(entry["flops"]["forward"][needed] / entry["flops"]["forward"]["torch"])]
         for way in WAYS:
@@ -251,8 +275,8 @@ def everyday_table(document: Entry, stem: str) -> str:
 def floor_table(document: Entry, stem: str) -> str:
     """How much arithmetic each case needs, and how long that would take at the rate of a large product."""
     needed = "RIM, winners only"
-    head = ["case", "arithmetic of `RIM` / `nn.LSTM`", "forward", "floor", "/ floor", "forward + backward", "floor", "/ floor"]
-    rows = [head]
+    head = ["case", "arithmetic of `RIM` / `nn.LSTM`"]
+    rows = [[*head, *(cell for title in WAYS.values() for cell in (f"`RIM`, {title}", "floor", "`RIM` / floor"))]]
     for name, entry in document["cases"].items():
         row = [name, times(entry["flops"]["forward"][needed] / entry["flops"]["forward"]["torch"])]
         for way in WAYS:
@@ -272,7 +296,7 @@ def scaling_table(document: Entry, stem: str) -> str:
             rows.append([entry["sizes"], f"{figure(ours)} MiB", f"{figure(torchs)} MiB", times(ours / torchs)])
         parts.append(grid(rows, 1))
     if scaling := document.get("scaling"):
-        rows = [["size", "forward", "`nn.LSTM` / `RIM`", "forward + backward", "`nn.LSTM` / `RIM`"]]
+        rows = [["size", *(cell for title in WAYS.values() for cell in (f"`RIM`, {title}", "`nn.LSTM` / `RIM`"))]]
         for entry in scaling.values():
             sizes = f"{entry['sizes']}, {entry['case']['num_units']} units, k={entry['case']['k']}"
             ways = [(f"{figure(milliseconds(entry, way, 'RIM'))} ms", times(ratios(entry, way)[1])) for way in WAYS]
@@ -353,7 +377,7 @@ def terms_table(document: Entry, stem: str) -> str:
         ("case", "", {**document["cases"], **document.get("everyday", {})}),
         ("as CUDA graphs", ", graph", graphs),
     ):
-        rows = [[title, "forward", "`nn.LSTM` / `RIM`", "forward + backward", "`nn.LSTM` / `RIM`"]]
+        rows = [[title, *(cell for title in WAYS.values() for cell in (f"`RIM`, {title}", "`nn.LSTM` / `RIM`"))]]
         for name, entry in entries.items():
             ours, torchs = f"RIM{suffix}", f"torch{suffix}"
             ways = [
@@ -367,11 +391,12 @@ def terms_table(document: Entry, stem: str) -> str:
 def tables(document: Entry, stem: str) -> dict[str, str]:
     """Every table of a document under the name of its marks. `stem`: the JSON without its ending, as a page refers to it.
 
-    A log in a folder of results/ has one, of the folder's name.
+    A log in a folder of results/ has the folder's name.
     """
     folder = Path(stem).parent.name
+    short = {"in short": in_short(document, stem)} if "paper" in document.get("cases", {}) else {}
     if folder not in ("", "results"):
-        return {folder: terms_table(document, stem)}
+        return {folder: terms_table(document, stem)} | {f"{folder}, {name}": table for name, table in short.items()}
     makers = {
         "speed": cases_table,
         "everyday": everyday_table,
@@ -382,7 +407,7 @@ def tables(document: Entry, stem: str) -> dict[str, str]:
     }
     if "ablations" in document:
         makers = {"ablations": ablations_table}
-    return {name: maker(document, stem) for name, maker in makers.items()}
+    return {name: maker(document, stem) for name, maker in makers.items()} | {f"speed, {name}": t for name, t in short.items()}
 
 
 def filled(page: Path, json_file: Path, document: Entry) -> str:

@@ -1,6 +1,5 @@
 """Independent dynamics (paper, section 2.2, equation 4): each winner runs its own LSTM or GRU, losers keep their state."""
 
-import abc
 import math
 from typing import Any
 
@@ -14,7 +13,7 @@ State = tuple[Tensor, ...]
 """``(h, c)`` for LSTM, ``(h,)`` for GRU."""
 
 
-class Dynamics(nn.Module, abc.ABC):
+class Dynamics(nn.Module):
     r"""What LSTM and GRU share: the weights, the input's part of the gates, and the identity for losers.
 
     Attributes:
@@ -107,9 +106,9 @@ class Dynamics(nn.Module, abc.ABC):
         """The bias that comes with the read, ``(n, G*u)``."""
         return self.bias_ih
 
-    @abc.abstractmethod
     def update(self, gates_x: Tensor, state: State) -> State:
         """Equation 4, from the read's part of the gates ``(n, N, G*u)`` and the old state."""
+        raise NotImplementedError
 
 
 def keep_losers(active: Tensor, new: State, old: State) -> State:
@@ -117,7 +116,7 @@ def keep_losers(active: Tensor, new: State, old: State) -> State:
     return tuple(torch.where(active.unsqueeze(-1), after, before) for after, before in zip(new, old, strict=True))
 
 
-class LSTMDynamics(Dynamics):
+class LongShortTermDynamics(Dynamics):
     r"""The LSTM of :class:`torch.nn.LSTM`, one per unit; with projections :math:`h' = (o \odot \tanh c') W_{hr}`."""
 
     num_gates = 4
@@ -138,7 +137,7 @@ class LSTMDynamics(Dynamics):
         return (h if weight_hr is None else torch.bmm(h, weight_hr)), c
 
 
-class GRUDynamics(Dynamics):
+class GatedRecurrentDynamics(Dynamics):
     r"""The GRU of :class:`torch.nn.GRU`, one per unit."""
 
     num_gates = 3

@@ -215,7 +215,7 @@ class FastPath(abc.ABC):
             before.append(torch.cat([old, h_0[old.size(0) : present]]))
         key = cell.input_attention.project(input.reshape(total, -1))
         a_input = cell.input_attention.attend(cell.input_attention.bid(divide(torch.cat(before), n), key))
-        active = torch.zeros(total, n, dtype=torch.bool).scatter(1, winners.long(), True).t()
+        active = winners.new_zeros(total, n, dtype=torch.bool).scatter(1, winners.long(), True).t()
         readers = winners.long().view(total, 1, k, 1).expand(total, heads, k, n)
         communication = saved.new_zeros(total, heads, n, n).scatter(2, readers, self.heard(saved, total, n, k, heads))
         parts = torch.split(active, rows, dim=1), torch.split(a_input, rows, dim=1), torch.split(communication, rows)

@@ -1,14 +1,13 @@
 """How a call lies: packed or not, sorted or not, with a batch or without, batch or time first, in which dtype."""
 
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rim_rnn.dynamics import State
-from rim_rnn.surroundings import autocast_dtype, autocast_result_dtype, check_alike
+from rim_rnn.surroundings import autocast_dtype, autocast_result_dtype, check_alike, held_to_example, numbers
 
 
 class Layout:
@@ -19,22 +18,30 @@ class Layout:
         batch_first: Whether a batch of sequences that is not packed is ``(batch, seq, feature)``.
 
     Attributes:
-        sizes: Rows present at each step where the input is packed, else ``None``.
+        packed: Whether the input is packed; what follows is ``None`` where it is not.
+        batch_sizes, sorted_indices, unsorted_indices: As a :class:`torch.nn.utils.rnn.PackedSequence` has them.
+        sizes: Rows present at each step.
     """
 
+    packed = False
+    batched = True
+    batch_first = False
+    batch_sizes: Tensor | None = None
+    sorted_indices: Tensor | None = None
+    unsorted_indices: Tensor | None = None
+    sizes: list[int] | None = None
+
     def __init__(self, input: Tensor | PackedSequence, batch_first: bool) -> None:
-        self.batch_sizes: Tensor | None = None
-        self.sorted_indices: Tensor | None = None
-        self.unsorted_indices: Tensor | None = None
-        self.sizes: list[int] | None = None
-        self.packed = isinstance(input, PackedSequence)
         if isinstance(input, PackedSequence):
+            self.packed = True
             _, self.batch_sizes, self.sorted_indices, self.unsorted_indices = input
-            self.sizes = cast("list[int]", self.batch_sizes.tolist())
+            self.sizes = numbers(self.batch_sizes)
             if not self.sizes or any(later > earlier for earlier, later in pairwise(self.sizes)):
                 raise RuntimeError(f"batch_sizes of a PackedSequence should be there and never grow, got {self.sizes}")
-        self.batched = self.packed or input.dim() == 3  # type: ignore[union-attr]
-        self.batch_first = batch_first and self.batched and not self.packed
+        elif input.dim() == 3:
+            self.batch_first = batch_first
+        else:
+            self.batched = False
 
     def unpack(self, input: Tensor | PackedSequence, weight: Tensor) -> Tensor:
         """The input as ``(T, N, input_size)``, or packed ``(sum(sizes), input_size)``, of the dtype of the ``weight``."""
@@ -48,7 +55,7 @@ class Layout:
                 x = x.transpose(0, 1).contiguous()  # a copy: the input may be changed in place before backward, as nn.LSTM's
             self.batch = x.size(1)
         self.dtype = x.dtype
-        return check_alike("input", x, weight)
+        return held_to_example(check_alike("input", x, weight), self.batch_sizes, self.sizes)
 
     def unpack_state(self, state: State, weight: Tensor) -> State:
         """Each state as ``(D * num_layers, N, features)``, in the order of the rows, of the dtype of the ``weight``."""

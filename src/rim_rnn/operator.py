@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from rim_rnn.dynamics import State
@@ -43,6 +44,10 @@ GRADS = "Tensor? grad_output, Tensor? grad_h, Tensor? grad_c"
 ELSEWHERE = "a parameter is not where the cell keeps it"  # as after pruning
 
 
+PLAIN = (nn.Parameter, Tensor, FakeTensor)
+"""Tensors that are no more than that. Of a FakeTensor, which is a shape alone, an operator knows the shapes that it returns."""
+
+
 def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | None] | str:
     """The parameters in the order of the schema, ``None`` where the cell has none; or why they do not tell all of a call."""
     if input.numel() == 0:
@@ -68,7 +73,7 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
     for tensor in (input, *state, *parameters):
         if tensor is None:
             continue
-        if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+        if type(tensor) not in PLAIN:
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu:
             return "the tensors differ in dtype or device"

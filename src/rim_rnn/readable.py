@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as scan_operator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from rim_rnn.dynamics import State
@@ -33,7 +34,7 @@ from rim_rnn.operator import (
 )
 from rim_rnn.recording import Trace
 from rim_rnn.step import Projected, Step
-from rim_rnn.surroundings import autocast_dtype, is_exporting
+from rim_rnn.surroundings import autocast_dtype, is_exporting, is_traced_by_fx
 from rim_rnn.units import divide, unite
 
 UNROLLED = 16
@@ -47,8 +48,9 @@ def scan(
     as :class:`torch.nn.LSTM` does it, where parametrisations compute some; elsewhere ``None``."""
     steps = input.size(0) if batch_sizes is None else len(batch_sizes)
     compiling = torch.compiler.is_compiling()
-    if compiling:
-        if is_exporting() or record or autocast_dtype(input.device) or steps <= UNROLLED:
+    graph = compiling or (type(input) is FakeTensor and is_traced_by_fx())  # make_fx, with shapes alone
+    if graph:
+        if is_exporting() or record or autocast_dtype(input.device) or (compiling and steps <= UNROLLED):
             return None
         parameters = plain_parameters(cell, input, state)
     else:
@@ -60,7 +62,7 @@ def scan(
     c = state[1] if len(state) == 2 else None
     tensors = [input, state[0], c, *parameters, *cell.draw(input)]
     sizes = sizes_of(cell, batch_sizes, reverse)
-    if not compiling:
+    if not graph:
         return lend(tensors, sizes, None, record)
     output, h_n, c_n = torch.ops.rim_rnn.readable.default(*tensors, *sizes)
     return output, (h_n,) if c is None else (h_n, c_n), []

@@ -71,7 +71,9 @@ def record(rnn: nn.Module) -> Iterator[list[Record]]:
     """
     rnn = getattr(rnn, "_orig_mod", rnn)
     if not isinstance(rnn, nn.Module) or not hasattr(rnn, "_recorders"):
-        raise TypeError(f"record() expects a rim_rnn.RIM, got: {type(rnn).__name__}")
+        raise TypeError(
+            f"record() expects a rim_rnn.RIM, got: {type(rnn).__name__}; pass the layer, for example record(model.rnn)"
+        )
     records: list[Record] = []
     layer: Any = rnn
     layer._recorders = [*layer._recorders, records]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rim_rnn.communication import Communication
-from rim_rnn.dynamics import Dynamics, GRUDynamics, LSTMDynamics, State, keep_losers
+from rim_rnn.dynamics import Dynamics, GatedRecurrentDynamics, LongShortTermDynamics, State, keep_losers
 from rim_rnn.input_attention import InputAttention, compete
 from rim_rnn.intact import asks_stages
 from rim_rnn.recording import Trace
@@ -76,7 +76,7 @@ class Step(nn.Module):
         self.input_attention = InputAttention(
             input_size, num_units, p, num_input_heads, key_size_input, value_size_input, input_dropout, bias, device, dtype
         )
-        self.dynamics = (LSTMDynamics if rnn_cell == "LSTM" else GRUDynamics)(
+        self.dynamics = (LongShortTermDynamics if rnn_cell == "LSTM" else GatedRecurrentDynamics)(
             num_units, u, num_input_heads, value_size_input, proj_size // num_units, bias, device, dtype
         )
         self.communication = Communication(

@@ -1,9 +1,13 @@
 """What torch is doing around a call: autocast, export, tracing; and what a call has to be given for it."""
 
+import operator
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -29,6 +33,54 @@ def autocast_result_dtype(given: torch.dtype, device: torch.device, lowered: boo
 def is_exporting() -> bool:
     """Whether torch.export is at work: what is_exporting() says, but under Dynamo of torch 2.10, which takes it for true."""
     return torch.compiler._is_exporting_flag
+
+
+def is_traced_by_fx() -> bool:
+    """Whether make_fx is at work, which writes down every operator that is called."""
+    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
+
+
+def held_to_example(x: Tensor, batch_sizes: Tensor | None, sizes: list[int] | None) -> Tensor:
+    """``x``, ``(T, N, input_size)``, or packed with ``sizes``, the numbers in ``batch_sizes``.
+
+    While a graph is traced that is right for what of them is a number in its example, it is told to raise on others.
+    """
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return x
+    by_jit, by_fx = torch._C._get_tracing_state() is not None, is_traced_by_fx()
+    if not (by_jit or by_fx):
+        if sizes and x.is_cuda and torch.cuda.is_current_stream_capturing():
+            warnings.warn(f"RIM: this CUDA graph takes every input for one with batch_sizes={sizes}", stacklevel=2)
+        return x
+    same: Any
+    if batch_sizes is not None:
+        expected = torch.tensor([*(sizes or ()), 0], device="cpu")
+        same = (torch.cat([batch_sizes, torch.zeros_like(expected)])[: len(expected)] == expected).all()
+        what = f"a PackedSequence with batch_sizes={sizes} and takes no other lengths. Trace the layer with padded input"
+    elif by_jit:
+        steps = operator.index(x.size(0))
+        same = x.size(0) == steps  # a tensor, here
+        what = (
+            f"{steps} steps and takes no other number. Trace one for each, or take torch.export.export, which can keep it open"
+        )
+    else:
+        if type(x) is not FakeTensor:  # one of which knows what its shape may be, and is given to an operator that does
+            torch.ops.aten._assert_tensor_metadata.default(x, x.shape)
+        return x
+    token = torch.zeros((), dtype=x.dtype, device="cpu")  # without which torch.jit would take the check for dead code
+    message = f"RIM: this graph was traced for {what}"
+    return x + torch.ops.aten._functional_assert_async.msg(same, message, token)
+
+
+def numbers(batch_sizes: Tensor) -> list[int]:
+    """Those of a PackedSequence, over which steps run; an error where a graph, or a fake tensor, leaves them open."""
+    if is_exporting() or torch.onnx.is_in_onnx_export() or type(batch_sizes) is FakeTensor:
+        raise RuntimeError(
+            "RIM: how long the sequences of a PackedSequence are has to be known here, and batch_sizes leaves it open. Pass "
+            "padded input, or under FakeTensorMode batch_sizes that was made outside of it"
+        )
+    sizes: list[int] = batch_sizes.tolist()
+    return sizes
 
 
 def check_alike(name: str, tensor: Tensor, weight: Tensor) -> Tensor:
