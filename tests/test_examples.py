@@ -128,7 +128,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     """The same log and, bit for bit, the same parameters, moments and generators."""
     assert essence(one) == essence(other)
     a, b = (checkpoint.load(folder) for folder in (one, other))
-    for part in ("model", "average", "best", "optimizer", "scheduler", "generators"):
+    for part in ("model", "average", "best", "sizes", "optimizer", "scheduler", "generators"):
         assert_equal(a[part], b[part], part)
 
 
@@ -329,10 +329,10 @@ def test_adding_marks_one_number_in_each_half() -> None:
 @pytest.mark.parametrize("name", ["copying", "adding"])
 def test_sequences_are_drawn_anew_for_every_epoch_and_once_for_tests(name: str) -> None:
     a, b = (task_of(name, f"--examples 50 --test_examples 50 --valid 50 --seed {seed}") for seed in (0, 1))
-    drawn = [a.train(0), a.train(1), b.train(0), a.valid(), a.test(50)]
+    drawn = [a.train(0), a.train(1), b.train(0), a.valid(50), a.test(50)]
     for index, one in enumerate(drawn):
         assert not any(torch.equal(one.targets, other.targets) for other in drawn[:index])
-    for one, again in ((a.train(1), a.train(1)), (a.valid(), b.valid()), (a.test(60), b.test(60))):
+    for one, again in ((a.train(1), a.train(1)), (a.valid(50), b.valid(50)), (a.test(60), b.test(60))):
         assert torch.equal(one.inputs, again.inputs)
         assert torch.equal(one.targets, again.targets)
 
@@ -469,10 +469,10 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     task, model = prepared(header)
     whole = mnist.load(header["arguments"]["data_dir"])[0].sequences(14, 14)
     assert torch.equal(task.train(0).inputs, whole[:-9])
-    assert torch.equal(task.valid().inputs, whole[-9:])
+    assert torch.equal(task.valid(14).inputs, whole[-9:])
     fewer, _ = prepared(header | {"arguments": header["arguments"] | {"examples": 5}})
     assert torch.equal(fewer.train(0).inputs, whole[:5])
-    assert torch.equal(fewer.valid().inputs, whole[-9:])
+    assert torch.equal(fewer.valid(14).inputs, whole[-9:])
 
     assert [line["valid_accuracy"] for line in epochs] == [0.2, 0.6, 0.4, 0.6]
     assert [line["chosen"] for line in epochs] == [1, 2, 2, 2]
@@ -488,7 +488,7 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     assert expected in capsys.readouterr().out
     assert epochs == saved["metrics"]
     with torch.no_grad():
-        hits = model(task.valid().inputs).argmax(2) == task.valid().targets
+        hits = model(task.valid(14).inputs).argmax(2) == task.valid(14).targets
     validated = f"{100 * hits.double().mean():.1f}"  # now it is not made up
     expected = [f"| {validated} | {accuracy} |", f"| 60.0 | {accuracy} |"]
     run("--no-train", "--log_dir", tmp_path, small=False)
@@ -500,6 +500,87 @@ def test_the_last_training_digits_choose_the_epoch_and_are_not_trained_on(
     checkpoint.save(alone, weights, checkpoint.WEIGHTS)
     run("--no-train", "--log_dir", alone, "--data_dir", header["arguments"]["data_dir"], small=False)
     assert_evaluated(expected, capsys)
+
+
+def test_each_size_has_the_weights_that_were_best_on_its_own_held_out_digits(
+    run: Callable[..., None], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Here with accuracies that are made up: 14x14 is best after the first epoch, 15x15 in the middle of the second."""
+    made_up = {"validation": [0.1, 0.6, 0.2, 0.6], "validation 15x15": [0.5, 0.3, 0.7, 0.7]}
+    left, seen, real = {title: iter(values) for title, values in made_up.items()}, [], trainer.Trainer.measure
+
+    def measure(self: trainer.Trainer, examples: Any, title: str, *model: Any) -> dict[str, float]:
+        if title not in left:
+            return real(self, examples, title, *model)
+        if title == "validation":
+            seen.append({name: value.clone() for name, value in self.evaluated.state_dict().items()})
+        return real(self, examples, title, *model) | {"accuracy": next(left[title])}
+
+    args = ["--valid", 9, "--valid_sizes", 15, "--valid_every", 2, "--epochs", 2, "--lr", 0.03, "--eval_sizes", 15, 16]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "measure", measure)
+        run(*args, "--test_every", 5, "--log_dir", tmp_path)
+    header, *epochs = read_log(tmp_path)
+    validations = [validation for line in epochs for validation in line["held_out"]]
+    assert [validation["step"] for validation in validations] == [2, 4, 6, 8]
+    for size, values in zip(("14", "15"), made_up.values(), strict=True):
+        assert [validation["valid_accuracy"][size] for validation in validations] == values
+    assert [line["valid_accuracy"] for line in epochs] == [0.6, 0.6]
+    assert [line["chosen"] for line in epochs] == [1, 1]
+    saved = checkpoint.load(tmp_path)
+    for size, step in (("14", 4), ("15", 6)):
+        assert saved["sizes"][size]["step"] == step
+        assert_equal(dict(saved["sizes"][size]["model"]), seen[step // 2 - 1], size)
+    assert_equal(dict(saved["best"]["model"]), seen[1], "best")
+
+    task, model = prepared(header)
+    model.eval().load_state_dict(saved["sizes"]["15"]["model"])
+    with torch.no_grad():
+        tested, held_out = (
+            (model(examples.inputs).argmax(2) == examples.targets).double().mean().item()
+            for examples in (task.test(15), task.valid(15))
+        )
+    assert [validation.get("test_accuracy") for validation in validations] == [None, None, {"15": tested}, None]
+    assert list(epochs[0]["test_accuracy"]) == ["15", "16"]
+    assert epochs == saved["metrics"]
+    printed = capsys.readouterr().out
+    title = "| RIM, chosen for each size | 14x14 | 15x15 |\n| --- | ---: | ---: |\n"
+    tests = f"| accuracy, %, test |  | {100 * tested:.1f} |\n"
+    assert f"{title}| accuracy, %, validation | 60.0 | 70.0 |\n{tests}" in printed
+
+    (tmp_path / checkpoint.CHECKPOINT).unlink()  # the weights alone serve, too
+    again = ["--no-train", "--log_dir", tmp_path, "--data_dir", header["arguments"]["data_dir"]]
+    run(*again, small=False)
+    evaluated, logged = capsys.readouterr().out.split("in the log:")
+    assert re.search(rf"validation \| [0-9.]+ \| {100 * held_out:.1f} \|\n{re.escape(tests)}", evaluated)
+    assert f"| 60.0 | 70.0 |\n{tests}" in logged
+    weights = tmp_path / checkpoint.WEIGHTS
+    weights.write_bytes(edited(lambda s: s["sizes"]["15"].clear())(weights.read_bytes()))
+    assert f"{weights}: sizes.15.model is of type NoneType" in refused(*again, small=False)
+
+
+def test_validation_at_other_sizes_leaves_the_training_as_it_is(run: Callable[..., None], tmp_path: Path) -> None:
+    args = ["--valid", 9, "--epochs", 2, "--lr", 0.03, "--eval_sizes", 14, "--embed", 5, "--embed_dropout", 0.5]
+    run(*args, "--log_dir", tmp_path / "one")
+    run(*args, "--valid_sizes", 15, 17, "--valid_every", 1, "--log_dir", tmp_path / "several")
+    one, several = (checkpoint.load(tmp_path / name) for name in ("one", "several"))
+    for part in ("model", "best", "optimizer", "generators"):
+        assert_equal(several[part], one[part], part)
+    for line, more in zip(read_log(tmp_path / "one")[1:], read_log(tmp_path / "several")[1:], strict=True):
+        assert line.keys() == more.keys() - {"held_out"}
+        assert more["held_out"][-1]["valid_loss"]["14"] == more["valid_loss"] == line["valid_loss"]
+
+
+def test_weights_that_several_sizes_have_chosen_are_in_a_file_once(run: Callable[..., None], tmp_path: Path) -> None:
+    length = {}
+    for name, sizes in (("two", [15]), ("four", [15, 16, 17])):
+        run("--valid", 9, "--valid_sizes", *sizes, "--epochs", 1, "--eval_sizes", "--log_dir", tmp_path / name)
+        length[name] = [(tmp_path / name / file).stat().st_size for file in (checkpoint.WEIGHTS, checkpoint.CHECKPOINT)]
+    parameters = 4 * read_log(tmp_path / "two")[0]["parameters"]
+    for two, four, copies in zip(length["two"], length["four"], (1, 4), strict=True):  # the last, two moments, the chosen ones
+        assert four - two < parameters / 10
+        assert four < 1.3 * copies * parameters
 
 
 def assert_evaluated(endings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -556,6 +637,57 @@ def test_an_embedding_comes_before_the_layer() -> None:
     lstm = model_of("--model LSTM --hidden_size 12 --embed 5")
     assert (lstm.embed.weight.shape, lstm.rnn.input_size) == ((5, 10), 5)
     assert not list(model_of("--hidden_size 12").embed.parameters())
+
+
+@pytest.mark.parametrize("kind", ["", "--model LSTM", "--rnn_cell GRU"])
+def test_half_of_the_embedding_and_of_what_is_read_out_is_dropped_in_training(kind: str) -> None:
+    model = model_of(f"--hidden_size 60 --embed 50 --embed_dropout 0.5 --output_dropout 0.25 {kind}")
+    given: dict[str, torch.Tensor] = {}
+    model.rnn.register_forward_pre_hook(lambda _, args: given.update(x=args[0], state=args[1]))
+    model.rnn.register_forward_hook(lambda _, args, result: given.update(output=result[0]))
+    model.readout.register_forward_pre_hook(lambda _, args: given.update(read=args[0]))
+    x = torch.randn(40, 12, 10)
+    for share, mode in ((0.5, True), (0, False)):
+        model.train(mode)(x)
+        assert given["state"] is None
+        for whole, kept, part in (
+            (model.embed(x), given["x"], share),
+            (given["output"][:, -10:], given["read"], share / 2),
+        ):
+            dropped = kept == 0
+            assert dropped.double().mean().item() == pytest.approx(part, abs=0.02)
+            torch.testing.assert_close(kept[~dropped], whole[~dropped] / (1 - part))
+            if part:  # drawn for each feature at each step
+                assert dropped.double().mean((0, 1)).std() < 0.1
+                assert not torch.equal(dropped[:, 0], dropped[:, 1])
+
+
+@pytest.mark.parametrize(("kind", "states"), [("", 2), ("--model LSTM", 2), ("--rnn_cell GRU", 1)])
+def test_first_states_are_drawn_in_training_alone(kind: str, states: int) -> None:
+    model = model_of(f"--hidden_size 60 --initial_state_std 3 {kind}")
+    given: list[Any] = []
+    model.rnn.register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    x = torch.randn(200, 12, 10)
+    for _ in range(2):
+        model.train()(x)
+    drawn = [torch.stack(state) if states == 2 else state.unsqueeze(0) for state in given]
+    assert not torch.equal(*drawn)
+    for state in drawn:
+        assert state.shape == (states, 1, 200, 60)
+        assert state.std().item() == pytest.approx(3, rel=0.03)
+        assert state.mean().item() == pytest.approx(0, abs=0.1)
+    model.eval()(x)
+    assert given[-1] is None
+
+
+def test_without_the_noise_a_model_computes_and_draws_as_without_a_place_for_it() -> None:
+    model, x = model_of("--hidden_size 24 --embed 5"), torch.randn(3, 12, 10)
+    torch.manual_seed(0)
+    expected = model.readout(model.rnn(model.embed(x))[0][:, -10:])
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def model_of(text: str, task: str = "copying") -> Model:
@@ -617,6 +749,17 @@ def test_a_variant_differs_from_the_layer_in_what_its_name_says() -> None:
     assert not torch.allclose(plain[:, 0], shown[:, 0])
     assert plain[:, 0].count_nonzero() == shown[:, 0].count_nonzero() == 2 * 2 * 6
 
+    blocked = VARIANTS["shows-updates-blocked"](10, 24, **sizes)
+    blocked.load_state_dict(rnn.state_dict())
+    assert torch.equal(blocked(x)[0], shown)
+    learns = []
+    for make in (showing, blocked):
+        make.zero_grad()
+        make(x[:, :1])[0].sum().backward()
+        silent_always = ~others[0].active[0, 0].any(0)
+        learns.append(make.cells[0].dynamics.weight_ih.grad[silent_always].abs().sum() > 0)
+    assert learns == [True, False]
+
     alone = [make(10, 24, **sizes, num_comm_heads=0) for make in (partial(RIM, batch_first=True), VARIANTS["shows-updates"])]
     alone[1].load_state_dict(alone[0].state_dict())
     torch.testing.assert_close(alone[1](x)[0], alone[0](x)[0])
@@ -656,6 +799,16 @@ def test_whether_communication_is_bounded_is_said_only_where_it_is_given(monkeyp
         (["--valid", 41], "error: --valid 41 leaves none of 41 digits to train"),
         (["--clip_grad", -1], "--clip_grad must not be negative"),
         (["--ema", 1], "--ema has to be at least 0 and less than 1"),
+        (["--lr", "nan"], "--lr has to be a finite number, got nan"),
+        (["--forget_bias", "inf"], "--forget_bias has to be a finite number, got inf"),
+        (["--embed", 5, "--embed_dropout", 1], "--embed_dropout has to be at least 0 and less than 1"),
+        (["--output_dropout", -0.5], "--output_dropout has to be at least 0 and less than 1"),
+        (["--embed_dropout", 0.5], "--embed_dropout needs --embed"),
+        (["--initial_state_std", -1], "--initial_state_std must not be negative"),
+        (["--valid_sizes", 15], "--valid_sizes needs --valid"),
+        (["--valid", 9, "--valid_every", 2], "--valid_every needs --valid_sizes"),
+        (["--valid", 9, "--valid_sizes", 15, "--valid_every", -1], "--valid_every must not be negative"),
+        (["--valid", 9, "--valid_sizes", 0], "--valid_sizes: expected at least 1, got 0"),
         (["--examples", 42], "error: --examples 42: there are 41 digits to train"),
         (["--test_examples", 5], "unrecognized arguments: --test_examples 5"),
     ],
@@ -714,7 +867,8 @@ class Killed(BaseException):
 
 
 KILLABLE = ["--epochs", 2, "--checkpoint_minutes", 0, "--eval_sizes", 14, "--batch_size", 11, "--input_dropout", 0.3]
-KILLABLE += ["--valid", 8, "--ema", 0.5, "--clip_grad", 1, "--warmup_steps", 2, "--lr", 0.01]
+KILLABLE += ["--valid", 8, "--ema", 0.5, "--clip_grad", 1, "--warmup_steps", 2, "--lr", 0.01, "--valid_sizes", 15]
+KILLABLE += ["--valid_every", 2, "--embed", 5, "--embed_dropout", 0.3, "--output_dropout", 0.3, "--initial_state_std", 0.5]
 
 
 def test_killed_at_any_write_and_resumed_it_ends_as_if_never_stopped(
@@ -761,14 +915,15 @@ def test_killed_at_any_write_and_resumed_it_ends_as_if_never_stopped(
     assert point > 20
 
 
-@pytest.mark.parametrize("where", ["step", "measure"])
+@pytest.mark.parametrize(("where", "call", "batch"), [("step", 3, 3), ("measure", 2, 2), ("measure", 3, 3)])
 def test_asked_to_stop_it_saves_its_state_and_goes_on_bit_for_bit(
-    where: str, run: Callable[..., None], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the middle of an epoch, or of an evaluation."""
+    where: str, call: int, batch: int, run: Callable[..., None], refused: Callable[..., str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In the middle of an epoch, of a validation within it, or of that at its end."""
     args = [*KILLABLE, "--checkpoint_minutes", 100]
     run(*args, "--log_dir", tmp_path / "whole")
-    real, countdown = getattr(trainer.Trainer, where), iter((False, False, True))
+    real, countdown = getattr(trainer.Trainer, where), iter([*[False] * (call - 1), True])
 
     def signalled(*given: Any) -> Any:
         if next(countdown, False):
@@ -781,7 +936,7 @@ def test_asked_to_stop_it_saves_its_state_and_goes_on_bit_for_bit(
         message = refused(*args, "--log_dir", tmp_path / "stopped")
     assert message == f"stopped; --loadsaved --log_dir {tmp_path / 'stopped'} goes on"
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert checkpoint.load(tmp_path / "stopped")["progress"]["batch"] == 3
+    assert checkpoint.load(tmp_path / "stopped")["progress"]["batch"] == batch
     run("--loadsaved", "--log_dir", tmp_path / "stopped", small=False)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
@@ -908,6 +1063,16 @@ def test_a_run_with_epochs_to_go_is_not_finished(
     assert row.finished(finished, 0)
 
 
+def test_a_run_from_before_there_were_weights_for_sizes_goes_on(
+    run: Callable[..., None], finished: Path, tmp_path: Path
+) -> None:
+    path = finished / checkpoint.CHECKPOINT
+    path.write_bytes(edited(lambda s: s.pop("sizes"))(path.read_bytes()))
+    run("--loadsaved", "--epochs", 2, "--log_dir", finished, small=False)
+    run("--epochs", 2, "--log_dir", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", finished)
+
+
 def test_epochs_may_not_be_taken_away(run: Callable[..., None], refused: Callable[..., str], finished: Path) -> None:
     run("--loadsaved", "--epochs", 2, "--log_dir", finished, small=False)
     before = contents(finished)
@@ -1010,6 +1175,7 @@ def pickled(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
+VALIDATION = {"step": 4, **{f"valid_{name}": {"14": 0.5, "15": 0.5} for name in ("accuracy", "loss")}}
 QUERY = "rnn.cells.0.input_attention.query.weight"
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda old: b"", "not a checkpoint, or a damaged one"),
@@ -1074,12 +1240,19 @@ def test_a_broken_checkpoint_is_refused_before_anything_is_overwritten(
         (lambda s: s["best"]["model"].update({QUERY: torch.ones(2)}), f"best.model.{QUERY} is torch.float32"),
         (lambda s: s["average"].pop(f"module.{QUERY}"), f"average.module.{QUERY} is missing"),
         (lambda s: s.pop("best"), "it has no dict named best"),
+        (lambda s: s.pop("sizes"), "sizes.14 is missing"),
+        (lambda s: s["sizes"].update({"15": {}}), "sizes.15.model is missing"),
+        (lambda s: s["sizes"]["14"]["model"].update({QUERY: torch.ones(2)}), f"sizes.14.model.{QUERY} is torch.float32"),
+        (lambda s: s["sizes"]["15"].update(step=3), "sizes.15.step is 3, and the log has no validation there"),
+        (lambda s: s["progress"].update(held_out=3), "progress.held_out is of type int, expected list"),
+        (lambda s: s["progress"].update(held_out=[{"step": 3}]), "progress.held_out.0.valid_accuracy is missing"),
+        (lambda s: s["progress"].update(held_out=[VALIDATION]), "does not fit 1 epochs in the log"),
     ],
 )
 def test_best_and_averaged_weights_are_checked_too(
     change: Callable[[dict[str, Any]], object], says: str, run: Callable[..., None], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    run("--valid", 9, "--ema", 0.5, "--epochs", 1, "--log_dir", tmp_path)
+    run("--valid", 9, "--valid_sizes", 15, "--ema", 0.5, "--epochs", 1, "--log_dir", tmp_path)
     path = tmp_path / checkpoint.CHECKPOINT
     path.write_bytes(edited(change)(path.read_bytes()))
     before = contents(tmp_path)
@@ -1252,6 +1425,11 @@ def test_a_study_is_stopped_goes_on_and_is_reported(
     assert_same_run(tmp_path / "alone", log_dirs[0])
     command(study)
     assert "3 runs, 0 of them not finished" in capsys.readouterr().out
+    (tmp_path / "published").mkdir()
+    (log_dirs[0].parents[1]).rename(tmp_path / "published" / "copying")
+    command(study, "--rows", "RIM 3/2", "--published", tmp_path / "published")
+    assert "2 runs, 0 of them not finished" in capsys.readouterr().out
+    (tmp_path / "published" / "copying").rename(log_dirs[0].parents[1])
     command(study, "--seeds", 1)
     assert "1 runs, 0 of them not finished" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="has no row with seed 2 or 3"):
@@ -1343,6 +1521,68 @@ def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
     command(study_report)
     with pytest.raises(SystemExit, match=r"other arguments: ema 0\.0, not 0\.9"):
         command(study_report, text=STUDY.replace("epochs = 2", "epochs = 2\nema = 0.9"))
+
+
+def test_both_ways_to_choose_stand_side_by_side(
+    command: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At size 3 two seeds are best after the second epoch, at 5 one after half an epoch, one after the first: least entropy."""
+    text = STUDY.replace("valid = 40", "valid = 40\nvalid_sizes = [5]\nvalid_every = 13")
+    (tmp_path / "tiny.toml").write_text(text)
+    rim, lstm = study.read(tmp_path / "tiny.toml")
+    for seed, at_5 in ((0, (0.3, 0.5, 0.6, 0.7)), (1, (0.9, 0.5, 0.6, 0.5))):
+        fake_log(rim, tmp_path / "runs", seed, [0.8, 0.6], chosen=2)
+        log = rim.log_dir(tmp_path / "runs", seed)
+        header, *lines = checkpoint.read_metrics(log / checkpoint.METRICS)
+        validations = [
+            {"step": step, "valid_loss": {"3": at_3, "5": value}, "valid_accuracy": {"3": 1 - at_3, "5": 1 - value}}
+            for step, at_3, value in zip((13, 25, 38, 50), (0.09, 0.08, 0.07, 0.06), at_5, strict=True)
+        ]
+        validations[0 if seed == 0 else 1] |= {"test_loss": {"5": 0.2}, "test_accuracy": {"5": 0.8}}
+        validations[3] |= {"test_loss": {"3": 0.04}, "test_accuracy": {"3": 0.96}}
+        lines[0]["held_out"], lines[1]["held_out"] = validations[:2], validations[2:]
+        checkpoint.write_metrics(log, [header, *lines])
+    fake_log(lstm, tmp_path / "runs", 0, [0.9], chosen=1)
+    command(study_report, text=text)
+    assert (
+        "| cross-entropy | seeds | epoch | validation | 3 | 5 | time |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| RIM 3/2 | 0, 1 | for each size: 2/0.52, 2/1 | 0.060 ± 0.000 | 0.040 ± 0.000 | 0.200 ± 0.000 | 2.0 min |\n"
+        "| RIM 3/2 | 0, 1 | chosen, last: 2, 2 | 0.060 ± 0.000 | 0.060 ± 0.000 | 0.030 ± 0.000 | 2.0 min |\n"
+    ) in capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("".join("{}\n{}\n".format(*marks(f"tiny, copying, {kind}", study_report.WRITER)) for kind in KINDS))
+    command(study_report, "--write", page, text=text)
+    assert (
+        "| cross-entropy | seeds | chosen | 3 | 5 |\n| --- | ---: | ---: | ---: | ---: |\n"
+        "| RIM 3/2 | 0, 1 | for each size | 0.040 ± 0.000 | 0.200 ± 0.000 |\n"
+        "| RIM 3/2 | 0, 1 | by 3 | 0.060 ± 0.000 | 0.030 ± 0.000 |\n"
+        "| LSTM, *unfinished* | 0 | by 3 | 0.090 | 0.045 |\n"
+    ) in page.read_text()
+    assert (
+        "| cross-entropy, held out | seeds | chosen | 3 | 5 | mean | time |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| RIM 3/2 | 0, 1 | for each size: 2/0.52, 2/1 | 0.060 ± 0.000 | 0.400 ± 0.141 | 0.230 ± 0.071 | 2.0 min |\n"
+        "| RIM 3/2 | 0, 1 | by 3: 2, 2 | 0.060 ± 0.000 | 0.600 ± 0.141 | 0.330 ± 0.071 | 2.0 min |\n"
+    ) in page.read_text()
+    validations[1].pop("test_loss")  # it was stopped before the last of its tests
+    checkpoint.write_metrics(log, [header, *lines])
+    command(study_report, text=text)
+    assert "| RIM 3/2, *unfinished* | 1 | for each size: 2/1 of 2 |" in capsys.readouterr().out
+
+
+KINDS = ("in short", "held out")
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"active": 5}', '{"active": []}', '{"active": [[1], [1, 2]]}', "[[1]]"])
+def test_a_damaged_file_of_activity_is_named(content: str, command: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    rim = study.read(tmp_path / "tiny.toml")[0]
+    fake_log(rim, tmp_path / "runs", 0, [0.8, 0.6], chosen=1)
+    file = rim.log_dir(tmp_path / "runs", 0) / report.ACTIVITY
+    file.write_text(content)
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(str(file))}: not what a run says of its units, or damaged"):
+        command(study_report)
 
 
 @pytest.mark.parametrize(
@@ -1463,7 +1703,8 @@ def test_a_page_has_the_tables_of_the_committed_logs(
 
 
 @pytest.mark.parametrize(
-    "name", ["study.toml", "by_epoch.toml", "search.toml", "search_pixel.toml", "methods.toml", "demo.toml"]
+    "name",
+    ["study.toml", "by_epoch.toml", "search.toml", "search_pixel.toml", "search_sizes.toml", "methods.toml", "demo.toml"],
 )
 def test_every_row_of_the_studies_can_be_built_and_is_in_the_table(name: str, tmp_path: Path) -> None:
     rows = study.read(EXAMPLE / name)

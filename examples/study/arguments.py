@@ -1,6 +1,7 @@
 """The arguments of `train.py`, and where those that are not given come from."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def build_parser(task: str, description: str | None = None) -> argparse.Argument
     add = parser.add_argument_group("the training").add_argument
     add("--epochs", type=positive, default=100, help="(default: %(default)s)")
     add("--valid", type=int, default=0, help="examples held out of training, to choose an epoch; 0: the last (default: 0)")
+    add(
+        "--valid_sizes",
+        type=positive,
+        nargs="*",
+        default=[],
+        help="held-out examples at these sizes, too: for each size the weights are kept that were best at it (default: none)",
+    )
+    add("--valid_every", type=int, default=0, help="and so many batches apart within an epoch; 0: at its end (default: 0)")
     add("--batch_size", type=positive, default=64, help="over all processes together (default: %(default)s)")
     add("--lr", type=float, default=1e-4, help="of Adam (default: %(default)s)")
     add("--lr_schedule", choices=SCHEDULES, default="constant", help="the others end at 0 (default: %(default)s)")
@@ -53,6 +62,14 @@ def build_parser(task: str, description: str | None = None) -> argparse.Argument
     add("--model", choices=["RIM", "LSTM"], default="RIM", help="(default: %(default)s)")
     add("--hidden_size", type=positive, default=600, help="of the state, all units together (default: %(default)s)")
     add("--embed", type=int, default=0, help="size of a linear embedding of each input; 0: none (default: 0)")
+    add("--embed_dropout", type=float, default=0.0, help="of the embedding, per step and feature (default: 0)")
+    add("--output_dropout", type=float, default=0.0, help="of the state that is read out, per feature (default: 0)")
+    add(
+        "--initial_state_std",
+        type=float,
+        default=0.0,
+        help="in training a sequence begins with a state drawn with this standard deviation; 0: with zeros (default: 0)",
+    )
     add("--forget_bias", type=float, default=0.0, help="added to the forget gates' bias at the start; GRU: update (default: 0)")
     add = parser.add_argument_group("the RIM (default where none is given: that of rim_rnn.RIM)").add_argument
     add("--num_units", type=int, help="number of units; 6 for a hidden_size of 600")
@@ -81,13 +98,20 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--{without_meaning[0]} belongs to a RIM, and the model is an LSTM")
     if args.cuda and not torch.cuda.is_available():
         parser.error("--cuda: torch finds no GPU here; --no-cuda computes on the CPU")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name} has to be a finite number, got {value}")
     if args.lr <= 0:
         parser.error("--lr has to be positive")
-    for name in ("checkpoint_minutes", "valid", "warmup_steps", "clip_grad", "embed"):
+    for name in ("checkpoint_minutes", "valid", "valid_every", "warmup_steps", "clip_grad", "embed", "initial_state_std"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must not be negative")
-    if not 0 <= args.ema < 1:
-        parser.error("--ema has to be at least 0 and less than 1")
+    for name in ("ema", "embed_dropout", "output_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 0 and less than 1")
+    for name, needed in (("embed_dropout", "embed"), ("valid_sizes", "valid"), ("valid_every", "valid_sizes")):
+        if getattr(args, name) and not getattr(args, needed):
+            parser.error(f"--{name} needs --{needed}")
 
 
 def parse(description: str | None, argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any] | None]:

@@ -2,7 +2,8 @@
 
 `checkpoint.pt` is the whole state of the run, `metrics.jsonl` its log: a line that says what ran, then a line per epoch.
 The checkpoint repeats the log, so that a run that continues writes again what it had written then, no more and no less.
-`weights.pt` comes at the end, and is all that an evaluation needs: the log, and the weights of the epoch that counts.
+`weights.pt` comes at the end, and is all that an evaluation needs: the log, the weights of the epoch that counts, and for each
+size those chosen for it. Weights that several sizes have chosen are in a file once.
 """
 
 import io
@@ -21,10 +22,10 @@ HEADER = ("task", "arguments", "processes", "data", "commit", "torch")
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "weights.pt"
 METRICS = "metrics.jsonl"
 PARTS = {
-    WEIGHTS: {"header": dict, "metrics": list, "best": dict},
+    WEIGHTS: {"header": dict, "metrics": list, "best": dict, "sizes": dict},
     CHECKPOINT: {
         "header": dict, "metrics": list, "progress": dict, "model": dict, "average": dict, "best": dict,
-        "optimizer": dict, "scheduler": dict, "generators": dict,
+        "sizes": dict, "optimizer": dict, "scheduler": dict, "generators": dict,
     },
 }  # fmt: skip
 
@@ -52,6 +53,8 @@ def load(log_dir: Path, name: str = CHECKPOINT) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything on its way through the unpickler
         raise CheckpointError(f"{path}: not a checkpoint, or a damaged one: {error}") from error
+    if isinstance(state, dict):
+        state.setdefault("sizes", {})  # from before there were any
     for part, kind in PARTS[name].items():
         if not isinstance(state, dict) or not isinstance(state.get(part), kind):
             raise CheckpointError(f"{path}: not a checkpoint of this example: it has no {kind.__name__} named {part}")

@@ -44,12 +44,22 @@ class Model(nn.Module):
         else:
             self.rnn = nn.LSTM(input_size, args.hidden_size, batch_first=True)
         self.readout = nn.Linear(args.hidden_size, task.outputs)
+        self.embed_dropout, self.output_dropout = nn.Dropout(args.embed_dropout), nn.Dropout(args.output_dropout)
+        self.initial_state_std = args.initial_state_std
         if args.forget_bias:
             remember(self.rnn, args.forget_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        output, _ = self.rnn(self.embed(x))
-        return self.readout(output[:, -self.read_steps :])
+        x = self.embed_dropout(self.embed(x))
+        output, _ = self.rnn(x, self.initial_state(x))
+        return self.readout(self.output_dropout(output[:, -self.read_steps :]))
+
+    def initial_state(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
+        """None, which is zeros; in training, where it has a standard deviation, drawn from a normal distribution."""
+        if not self.training or not self.initial_state_std:
+            return None
+        h, c = self.initial_state_std * torch.randn(2, 1, len(x), self.rnn.hidden_size, device=x.device)
+        return h if self.rnn.mode == "GRU" else (h, c)
 
 
 @torch.no_grad()

@@ -50,6 +50,27 @@ def chosen(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     return epochs[epochs[-1].get("chosen", len(epochs)) - 1]
 
 
+def for_sizes(epochs: list[dict[str, Any]], measure: str) -> dict[str, Any]:
+    """What is best at each size by `measure` on the validation examples of that size; nothing without several sizes.
+
+    Each measure at each size, as a line has its tests; `epoch` has after how many epochs that was, a whole number or not.
+    """
+    validations = [validation for line in epochs for validation in line.get("held_out", [])]
+    if not validations:
+        return {}
+    best, by = max if measure == "accuracy" else min, f"valid_{measure}"
+    measured = validations[0].keys() - {"step"}
+    names = ["epoch", *measured, *(name.replace("valid_", "test_") for name in measured)]
+    result: dict[str, Any] = {name: {} for name in names}
+    for size in validations[0][by]:
+        chosen = best(validations, key=lambda validation, size=size: validation[by][size])  # the earliest of equal ones
+        result["epoch"][size] = len(epochs) * chosen["step"] / validations[-1]["step"]
+        for name in chosen.keys() - {"step"}:
+            if size in chosen[name]:
+                result[name][size] = chosen[name][size]
+    return result
+
+
 def markdown(rows: list[list[str]]) -> str:
     """Rows of cells as a table; the first one is its head."""
     rows = [rows[0], ["---", *("---:" for _ in rows[0][1:])], *rows[1:]]
@@ -69,10 +90,26 @@ def table(header: dict[str, Any], results: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def table_for_sizes(header: dict[str, Any], results: dict[str, Any]) -> str:
+    """Each measure at each size, by the weights that are chosen for that size: on the validation examples and in tests."""
+    task = TASKS[header["task"]]
+    sizes = list(results["valid_loss"])
+    rows = [[f"{header['arguments']['model']}, chosen for each size", *map(task.label, sizes)]]
+    for name, measure in task.measures.items():
+        for kind, title in (("valid", "validation"), ("test", "test")):
+            values = results[f"{kind}_{name}"]
+            if values:
+                shown = [measure.show(values[size]) if size in values else "" for size in sizes]
+                rows.append([f"{measure.title}, {title}", *shown])
+    return markdown(rows)
+
+
 def draw_curves(path: Path, header: dict[str, Any], epochs: list[dict[str, Any]]) -> None:
     """Each measure over the epochs, on the training examples, the held-out ones, and at each size of test."""
     args, task = header["arguments"], TASKS[header["task"]]
-    sizes = list(epochs[-1][f"test_{next(iter(task.measures))}"])
+    validations = [validation for line in epochs for validation in line.get("held_out", [])]
+    larger = list(validations[-1]["valid_loss"].keys() - {str(args["size"])}) if validations else []
+    sizes = sorted({*epochs[-1]["test_loss"], *larger}, key=int)
     shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(sizes)))
     steps = [line["epoch"] for line in epochs]
     with plt.rc_context(STYLE):
@@ -84,9 +121,15 @@ def draw_curves(path: Path, header: dict[str, Any], epochs: list[dict[str, Any]]
                 valid = [measure.factor * line[f"valid_{name}"] for line in epochs]
                 axis.plot(steps, valid, color=INK, ls=":", marker=".", label=f"validation, {task.label(args['size'])}")
             for size, shade in zip(sizes, shades, strict=True):
+                if size in larger:
+                    where = [validation["step"] / validations[-1]["step"] * len(epochs) for validation in validations]
+                    valid = [measure.factor * validation[f"valid_{name}"][size] for validation in validations]
+                    axis.plot(where, valid, color=shade, ls=":", marker=".", label=f"validation, {task.label(size)}")
                 tested = [line for line in epochs if size in line[f"test_{name}"]]
                 test = [measure.factor * line[f"test_{name}"][size] for line in tested]
-                axis.plot([line["epoch"] for line in tested], test, color=shade, marker=".", label=f"test, {task.label(size)}")
+                if tested:
+                    where = [line["epoch"] for line in tested]
+                    axis.plot(where, test, color=shade, marker=".", label=f"test, {task.label(size)}")
             axis.set(xlabel="epoch", title=measure.title, ylim=(0, 100) if name == "accuracy" else (0, None))
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(axis="y", color="#e6e8eb", linewidth=0.8)
@@ -126,7 +169,7 @@ def draw_units(folder: Path, task: Task, model: Model) -> None:
 
     They are validation examples where there are any, else test examples.
     """
-    examples = task.valid() if task.args.valid else task.test(task.args.size)
+    examples = (task.valid if task.args.valid else task.test)(task.args.size)
     inputs = examples.inputs[:AVERAGED]
     share = activity(model, inputs).double().mean(0)
     content = {"sequences": len(inputs), "active": [[round(value, 3) for value in unit] for unit in share.tolist()]}

@@ -2,6 +2,7 @@
 
     python study.py study.toml               # begins, or goes on with what is not finished
     python study.py search.toml --jobs 2 --rows "RIM" "LSTM"
+    python study.py search.toml --published results/search    # only what has no complete log there
     python study_report.py study.toml        # the table and pictures of what there is so far
 
 A study is a file in TOML: tables named by a task, with arguments of `train.py` that all its rows share, and an array of `rows`.
@@ -69,6 +70,10 @@ class Row(NamedTuple):
         """Whether all epochs are in the log, and the picture that is drawn last is there."""
         complete = len(self.epochs(runs, seed)) > self.arguments.epochs
         return complete and (self.log_dir(runs, seed) / report.CURVES).exists()
+
+    def published(self, folder: Path | None, seed: int) -> bool:
+        """Whether a log with all epochs is in `folder`, where `study_report.py` publishes them."""
+        return folder is not None and len(self.epochs(folder, seed)) > self.arguments.epochs
 
 
 def flags(given: dict[str, Any]) -> list[str]:
@@ -157,7 +162,12 @@ def say(text: str) -> None:
 
 def run(rows: list[Row], args: Namespace) -> list[str]:
     """Starts what is not finished, `args.jobs` at a time; the names of runs that failed."""
-    waiting = [(row, seed) for row in rows for seed in row.seeds if not row.finished(args.runs, seed)]
+    waiting = [
+        (row, seed)
+        for row in rows
+        for seed in row.seeds
+        if not row.finished(args.runs, seed) and not row.published(args.published, seed)
+    ]
     running: dict[str, Running] = {}
     failed: list[str] = []
     stopping = False
@@ -231,6 +241,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[Namespace, list[Row]]:
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--jobs", type=arguments.positive, default=1, help="runs at a time, sharing the threads (default: 1)")
+    parser.add_argument("--published", type=Path, metavar="FOLDER", help="leave out runs that have a complete log there")
     parser.add_argument("--data_dir", help="as train.py has it, for the tasks that read files")
     try:
         args, rows = parse(parser)

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from checkpoint import METRICS, replace
-from report import ACTIVITY, FAINT, STYLE, UNITS, chosen, draw_guess, markdown
+from checkpoint import METRICS, CheckpointError, replace
+from report import ACTIVITY, FAINT, STYLE, UNITS, chosen, draw_guess, for_sizes, markdown
 from study import Row, StudyError, build_parser, parse
 from tasks import TASKS, Task
 from tasks.task import Measure
@@ -34,7 +34,8 @@ WRITER = "examples/study/study_report.py"
 TABLE = "table.md"
 NOTE = """\
 Mean ± standard deviation over seeds. The chosen epoch is the best one on the validation examples, which are of the size of
-training and not trained on; no test example chooses anything. Times are wall time per run, with evaluation.
+training and not trained on; *for each size* the best one on the same examples at that size. No test example chooses anything.
+Times are wall time per run, with evaluation.
 """
 
 
@@ -48,9 +49,17 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are there, and the one that counts has been tested, which comes last."""
+        """Whether all epochs are there, and what counts has been tested, which comes last."""
         args = self.row.arguments
-        return len(self.epochs) >= args.epochs and (not args.eval_sizes or bool(chosen(self.epochs)["test_loss"]))
+        if len(self.epochs) < args.epochs or (args.eval_sizes and not chosen(self.epochs)["test_loss"]):
+            return False
+        chosen_for, tested = self.for_sizes.get("epoch", {}), self.for_sizes.get("test_loss", {})
+        return all(str(size) in tested for size in args.eval_sizes if str(size) in chosen_for)
+
+    @property
+    def for_sizes(self) -> dict[str, Any]:
+        """What was chosen for each size, where something was."""
+        return for_sizes(self.epochs, next(iter(TASKS[self.row.task].measures)))
 
     @property
     def seconds(self) -> float:
@@ -107,6 +116,8 @@ def table(task: type[Task], groups: list[Group], name: str) -> str:
         if runs[0].row.arguments.valid:
             best = [chosen(run.epochs) for run in runs]
             kinds = {"chosen, last": best} if best == kinds["last"] else {"chosen": best} | kinds
+        if runs[0].for_sizes:
+            kinds = {"for each size": [as_line(run) for run in runs]} | kinds
         time = duration(statistics.fmean(run.seconds for run in runs))
         for kind, lines in kinds.items():
             epochs = f"{kind}: {', '.join(str(line['epoch']) for line in lines)}"
@@ -115,6 +126,43 @@ def table(task: type[Task], groups: list[Group], name: str) -> str:
     lines = [run.epochs[-1] for group in groups for run in group.runs if run.epochs]
     if name == "loss" and "constant" in task.measures and lines:
         rows.append([task.guess[0], "", "", *cells(lines[:1], "constant", sizes, measure), ""])
+    return markdown(rows)
+
+
+def as_line(run: Run) -> dict[str, Any]:
+    """What was chosen for each size, in the form of an epoch's line."""
+    values, size = run.for_sizes, str(run.row.arguments.size)
+    line = {name: value[size] if name.startswith("valid_") else value for name, value in values.items()}
+    return line | {"epoch": epochs_of(values)}
+
+
+def epochs_of(values: dict[str, Any]) -> str:
+    """Those that were chosen for each size, in the order of sizes."""
+    return "/".join(f"{values['epoch'][size]:.3g}" for size in sorted(values["epoch"], key=int))
+
+
+def held_out_table(task: type[Task], groups: list[Group]) -> str:
+    """The first measure on the validation examples of several sizes, and its mean over them: chosen for each, and by one."""
+    (name, measure), groups = next(iter(task.measures.items())), [group for group in groups if group.runs[0].for_sizes]
+    sizes = sorted({size for group in groups for size in group.runs[0].for_sizes["epoch"]}, key=int)
+    rows = [[f"{measure.title}, held out", "seeds", "chosen", *map(task.label, sizes), "mean", "time"]]
+    for group in groups:
+        best = [chosen(run.epochs) for run in group.runs]
+        kinds = {
+            f"for each size: {', '.join(epochs_of(run.for_sizes) for run in group.runs)}": [
+                run.for_sizes[f"valid_{name}"] for run in group.runs
+            ],
+            f"by {task.label(group.runs[0].row.arguments.size)}: {', '.join(str(line['epoch']) for line in best)}": [
+                line["held_out"][-1][f"valid_{name}"] for line in best
+            ],
+        }
+        for kind, values in kinds.items():
+            columns = [[value.get(size) for value in values] for size in sizes]
+            means = [statistics.fmean(value.values()) for value in values]
+            shown = ["" if None in column else spread(column, measure) for column in [*columns, means]]
+            of = f" of {group.runs[0].row.arguments.epochs}" * (not group.finished)
+            time = duration(statistics.fmean(run.seconds for run in group.runs))
+            rows.append([group.name, ", ".join(str(run.seed) for run in group.runs), kind + of, *shown, time])
     return markdown(rows)
 
 
@@ -129,6 +177,11 @@ def curves(group: Group, pick: Any, factor: float) -> np.ndarray:
     """What `pick` takes from a line, `(runs, epochs)`, as far as all runs of the group have come."""
     shortest = min(len(run.epochs) for run in group.runs)
     return factor * np.array([[pick(line) for line in run.epochs[:shortest]] for run in group.runs])
+
+
+def at_end(line: dict[str, Any], name: str, size: str) -> float:
+    """Of the validation examples of a size, at the end of an epoch."""
+    return line["held_out"][-1][name].get(size, np.nan) if "held_out" in line else np.nan
 
 
 def draw_band(axis: Any, x: list[int], values: np.ndarray, group: Group, color: Any) -> None:
@@ -146,6 +199,9 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
     panels: list[tuple[str, Any]] = [("training", lambda line: line.get(f"train_{name}", np.nan))]
     if any(run.row.arguments.valid for run in runs):
         panels.append(("validation", lambda line: line.get(f"valid_{name}", np.nan)))
+    larger = {size for run in runs for size in run.for_sizes.get("epoch", {}) if size != str(run.row.arguments.size)}
+    for size in sorted(larger, key=int):
+        panels.append((f"validation, {task.label(size)}", lambda line, size=size: at_end(line, f"valid_{name}", size)))
     if any(sum(bool(line[f"test_{name}"]) for line in run.epochs) > 2 for run in runs):  # more than chosen and last
         panels += [
             (f"test, {task.label(size)}", lambda line, size=size: line[f"test_{name}"].get(str(size), np.nan)) for size in sizes
@@ -184,22 +240,33 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
         plt.close(figure)
 
 
-def draw_activity(folder: Path, task: type[Task], runs: list[tuple[Run, dict[str, Any]]]) -> None:
+def read_activity(log: Path, task: type[Task], args: Namespace) -> np.ndarray:
+    """How often each unit was active at each place, `(units, rows, columns)`."""
+    try:
+        active = torch.tensor(json.loads(log.read_text())["active"])
+        if active.dim() != 2 or not len(active):
+            raise ValueError(f"expected a share for each unit and step, got {tuple(active.shape)}")
+        return task.places(active, args).numpy()
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{log}: not what a run says of its units, or damaged: {error!r}") from error
+
+
+def draw_activity(folder: Path, runs: list[tuple[Run, np.ndarray]]) -> None:
     """For the first run of each RIM that there is, how often each unit was active at each place."""
-    pictures = [task.places(torch.tensor(content["active"]), run.row.arguments).numpy() for run, content in runs]
+    pictures = [picture for _, picture in runs]
     height = 1.3 if pictures[0].shape[1] > 1 else 0.5
     figure, axes = plt.subplots(
         len(runs), max(map(len, pictures)), figsize=(1.2 * max(map(len, pictures)) + 1.5, height * len(runs) + 0.8),
         squeeze=False, layout="constrained",
     )  # fmt: skip
-    for row, ((run, content), units) in enumerate(zip(runs, pictures, strict=True)):
+    for row, (run, units) in enumerate(runs):
         for column, axis in enumerate(axes[row]):
             axis.set(xticks=[], yticks=[])
             if column >= len(units):
                 axis.set_axis_off()
                 continue
             image = axis.imshow(units[column], vmin=0, vmax=1, cmap="magma", aspect="equal" if units.shape[1] > 1 else "auto")
-            axis.set_title(f"{np.mean(content['active'][column]):.0%}", fontsize=7, color=FAINT, loc="center")
+            axis.set_title(f"{units[column].mean():.0%}", fontsize=7, color=FAINT, loc="center")
         label = f"{run.row.name}\nseed {run.seed}" + "\nunfinished" * (not run.finished)
         axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle("how often each unit was active", x=0.01, ha="left")
@@ -209,13 +276,18 @@ def draw_activity(folder: Path, task: type[Task], runs: list[tuple[Run, dict[str
 
 
 def short_table(task: type[Task], groups: list[Group]) -> str:
-    """The first measure at each size, a line for each group of runs: the epoch that counts."""
+    """The first measure at each size, for each group of runs: in the epoch that counts, and as chosen for each size."""
     (name, measure), sizes = next(iter(task.measures.items())), test_sizes(groups)
-    rows = [[measure.title, "seeds", *map(task.label, sizes)]]
+    both = any(run.for_sizes for group in groups for run in group.runs)
+    rows = [[measure.title, "seeds", *["chosen"] * both, *map(task.label, sizes)]]
     for group in groups:
-        lines = [chosen(run.epochs) for run in group.runs if run.epochs]
-        results = cells(lines, name, sizes, measure)[1:] if lines else [""] * len(sizes)
-        rows.append([group.name, ", ".join(str(run.seed) for run in group.runs), *results])
+        runs, seeds = [run for run in group.runs if run.epochs], ", ".join(str(run.seed) for run in group.runs)
+        kinds = {f"by {task.label(group.runs[0].row.arguments.size)}": [chosen(run.epochs) for run in runs]}
+        if runs and runs[0].for_sizes:
+            kinds = {"for each size": [as_line(run) for run in runs]} | kinds
+        for kind, lines in kinds.items():
+            results = cells(lines, name, sizes, measure)[1:] if lines else [""] * len(sizes)
+            rows.append([group.name, seeds, *[kind] * both, *results])
     return markdown(rows)
 
 
@@ -257,6 +329,7 @@ def tables(args: Namespace, rows: list[Row]) -> dict[str, str]:
         result[name] = "\n\n".join([*parts, origin(headers)] if headers else parts)
         seeds = f", seed {' '.join(map(str, args.seeds))}" if args.seeds else ""
         result[f"{name}, in short{seeds}"] = short_table(task, groups)
+        result[f"{name}, held out"] = held_out_table(task, groups)
         result[f"{name}, epoch by epoch"] = epochs_table(task, groups)
     return result
 
@@ -274,13 +347,13 @@ def write(args: Namespace, rows: list[Row]) -> str:
         folder = args.runs / task_name
         with plt.rc_context(STYLE):
             draw_lines(folder, task, begun)
-            active: dict[str, tuple[Run, dict[str, Any]]] = {}
+            active: dict[str, tuple[Run, np.ndarray]] = {}
             for run in (run for group in begun for run in group.runs):
                 log = run.row.log_dir(args.runs, run.seed) / ACTIVITY
                 if log.exists():
-                    active.setdefault(run.row.name, (run, json.loads(log.read_text())))
+                    active.setdefault(run.row.name, (run, read_activity(log, task, run.row.arguments)))
             if active:
-                draw_activity(folder, task, list(active.values()))
+                draw_activity(folder, list(active.values()))
         names = [name for name in ("sizes", "curves", "units") if (folder / f"{name}.png").exists()]
         parts += [f"![{name}]({task_name}/{name}.png)\n" for name in names]
     return "\n".join(parts)

@@ -152,10 +152,21 @@ def evaluate(trainer: Trainer, saved: dict[str, Any]) -> None:
     if trainer.processes.first and saved["header"]["data"] != trainer.header["data"]:
         print("these are other examples than those of the log: they may have been trained on, and figures do not compare")
     results = trainer.evaluate()
+    for_sizes = trainer.evaluate_for_sizes(saved)
     if trainer.processes.first:
-        print(report.table(saved["header"], results))
+        print(tables(saved["header"], results, for_sizes))
         if saved["metrics"]:
-            print("\nin the log:\n" + report.table(saved["header"], report.chosen(saved["metrics"])))
+            print("\nin the log:\n" + logged(saved["header"], saved["metrics"]))
+
+
+def tables(header: dict[str, Any], chosen: dict[str, Any], for_sizes: dict[str, Any]) -> str:
+    parts = [report.table(header, chosen)] + ([report.table_for_sizes(header, for_sizes)] if for_sizes else [])
+    return "\n\n".join(parts)
+
+
+def logged(header: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    measure = next(iter(TASKS[header["task"]].measures))
+    return tables(header, report.chosen(metrics), report.for_sizes(metrics, measure))
 
 
 def train(trainer: Trainer) -> None:
@@ -185,7 +196,7 @@ def train(trainer: Trainer) -> None:
 
 def finish(folder: Path, trainer: Trainer) -> None:
     """A table of what the run came to, and its pictures."""
-    print(report.table(trainer.header, report.chosen(trainer.metrics)))
+    print(logged(trainer.header, trainer.metrics))
     if trainer.args.model == "RIM":
         report.draw_units(folder, trainer.task, trainer.evaluated)
     report.draw_curves(folder / report.CURVES, trainer.header, trainer.metrics)

@@ -50,8 +50,10 @@ class Trainer:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
         self.scheduler = LambdaLR(self.optimizer, schedule(args.lr_schedule, args.epochs * self.batches, args.warmup_steps))
         self.order = torch.Generator().manual_seed(args.seed)
+        self.valid_sizes = sorted({args.size, *args.valid_sizes}) if args.valid_sizes else []
         self.metrics: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
+        self.sizes: dict[str, dict[str, Any]] = {}
         self.stopping = False
         self.begin_epoch()
 
@@ -70,6 +72,8 @@ class Trainer:
         self.order_state = self.order.get_state()  # from it, the order of the epoch's examples can be drawn once more
         sums = dict.fromkeys(self.task.measures, 0.0)
         self.progress = {"epoch": len(self.metrics), "batch": 0, "sums": sums, "seconds": 0.0}
+        if self.valid_sizes:
+            self.progress |= {"held_out": [], "evaluation_seconds": 0.0}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds. To be called in all processes at once."""
@@ -81,6 +85,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average else {},
             "best": self.best,
+            "sizes": self.sizes,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "generators": {
@@ -96,6 +101,9 @@ class Trainer:
         weights = saved.get(part)
         if saved["best"]:
             part, model, weights = "best.model", self.evaluated, saved["best"].get("model")
+        self.load_weights(saved, part, model, weights)
+
+    def load_weights(self, saved: dict[str, Any], part: str, model: nn.Module, weights: Any) -> None:
         self.check(model.state_dict(), weights, part, checkpoint.CHECKPOINT if "progress" in saved else checkpoint.WEIGHTS)
         model.load_state_dict(weights)
 
@@ -108,11 +116,25 @@ class Trainer:
             expected["optimizer"]["state"] = {i: {"step": torch.tensor(0.0), **m} for i, m in enumerate(moments)}
         if self.args.valid and saved["metrics"]:
             expected["best"] = {"epoch": 0, "score": 0.0, "model": self.model.state_dict()}
+        within = position.get("held_out", [])
+        if self.valid_sizes and (within or saved["metrics"]):
+            values = {str(size): 0.0 for size in self.valid_sizes}
+            validation = {"step": 0} | {f"valid_{name}": values for name in self.task.measures}
+            expected["progress"]["held_out"] = [validation] * len(within) if isinstance(within, list) else []
+            best = {"step": 0, "score": 0.0, "model": self.model.state_dict()}
+            expected["sizes"] = dict.fromkeys(values, best)
         self.check(expected, saved)
-        if position["epoch"] != len(saved["metrics"]) or not 0 <= position["batch"] <= self.batches:
+        every = self.args.valid_every or self.batches + 1
+        validations = range(max(0, (position["batch"] - 1) // every), position["batch"] // every + 1)  # the last may be due
+        fits = 0 <= position["batch"] <= self.batches and len(within) in validations
+        if position["epoch"] != len(saved["metrics"]) or not fits:
             self.refuse(
                 f"progress {position} does not fit {len(saved['metrics'])} epochs in the log, {self.batches} batches each"
             )
+        steps = [part["step"] for line in [*saved["metrics"], position] for part in line.get("held_out", [])]
+        for size, best in saved["sizes"].items():
+            if best["step"] not in steps:
+                self.refuse(f"sizes.{size}.step is {best['step']}, and the log has no validation there")
         self.model.load_state_dict(saved["model"])
         if self.average:
             self.average.load_state_dict(saved["average"])
@@ -125,7 +147,7 @@ class Trainer:
                 torch.cuda.set_rng_state(saved["generators"]["cuda"][self.processes.rank])
         except RuntimeError as error:
             self.refuse(f"generators: {error}")
-        self.metrics, self.best = saved["metrics"], saved["best"]
+        self.metrics, self.best, self.sizes = saved["metrics"], saved["best"], saved["sizes"]
         self.begin_epoch()
         self.progress = position
 
@@ -145,9 +167,11 @@ class Trainer:
         """Those that are evaluated, with the log. Where the data lay is left out: others have them elsewhere."""
         if self.processes.first:
             header = self.header | {"arguments": {n: v for n, v in self.header["arguments"].items() if n != "data_dir"}}
-            weights = self.evaluated.state_dict()
-            weights.update({name: value.cpu() for name, value in weights.items()})
-            state = {"header": header, "metrics": self.metrics, "best": {"model": weights}}
+            best = self.best or {"model": self.evaluated.state_dict()}
+            for weights in (best["model"], *(chosen["model"] for chosen in self.sizes.values())):
+                weights.update({name: value.cpu() for name, value in weights.items()})
+            sizes = {size: {"model": chosen["model"]} for size, chosen in self.sizes.items()}
+            state = {"header": header, "metrics": self.metrics, "best": {"model": best["model"]}, "sizes": sizes}
             checkpoint.save(self.log_dir, state, checkpoint.WEIGHTS)
 
     def fit(self) -> None:
@@ -161,18 +185,23 @@ class Trainer:
         while len(self.metrics) < self.args.epochs:
             self.train_epoch()
             began = time.monotonic()
-            epoch = len(self.metrics) + 1
+            epoch, progress = len(self.metrics) + 1, self.progress
+            validation = self.validate()
             line = {
                 "epoch": epoch,
-                **{f"train_{name}": value / self.task.examples for name, value in self.progress["sums"].items()},
-                **self.validate(),
+                **{f"train_{name}": value / self.task.examples for name, value in progress["sums"].items()},
+                **{name: values[str(self.args.size)] for name, values in validation.items()},
                 **(self.test() if epoch == self.args.epochs or epoch % self.args.test_every == 0 else self.no_test()),
-                "seconds": round(self.progress["seconds"], 2),
-                "evaluation_seconds": round(time.monotonic() - began, 2),
+                "seconds": round(progress["seconds"], 2),
             }
+            weights = copy.deepcopy(self.evaluated.state_dict())
             if self.args.valid:
-                self.choose(line)
+                self.choose(line, weights)
                 line["chosen"] = self.best["epoch"]
+            if self.valid_sizes:
+                line["held_out"] = [*progress["held_out"], self.choose_for_sizes(validation, weights)]
+                began -= progress["evaluation_seconds"]
+            line["evaluation_seconds"] = round(time.monotonic() - began, 2)
             self.metrics.append(line)
             self.begin_epoch()
             if self.processes.first:
@@ -186,25 +215,55 @@ class Trainer:
         self.test_chosen()
 
     def test_chosen(self) -> None:
-        """Tests the chosen epoch, where validation has chosen one between two tests."""
-        line = self.metrics[self.best["epoch"] - 1] if self.best else {}
-        if not line or not self.args.eval_sizes or any(line[name] for name in self.no_test()):
-            return
+        """Tests what validation has chosen, where there was no test of it: an epoch, and weights for each size at that size."""
         began = time.monotonic()
-        model = copy.deepcopy(self.evaluated)
-        model.load_state_dict(self.best["model"])
-        line |= self.test(model)
-        line["evaluation_seconds"] = round(line["evaluation_seconds"] + time.monotonic() - began, 2)
+        tested = []
+        if self.best and self.args.eval_sizes:
+            line = self.metrics[self.best["epoch"] - 1]
+            if not any(line[name] for name in self.no_test()):
+                line |= self.test(model=self.evaluated_with(self.best["model"]))
+                tested.append(line)
+        for size, best in self.sizes.items():
+            line, validation = self.validation_at(best["step"])
+            if int(size) in self.args.eval_sizes and size not in validation.get("test_loss", {}):
+                for name, values in self.test([int(size)], self.evaluated_with(best["model"])).items():
+                    validation[name] = validation.get(name, {}) | values
+                tested.append(line)
+        if not tested:
+            return
+        tested[0]["evaluation_seconds"] = round(tested[0]["evaluation_seconds"] + time.monotonic() - began, 2)
         if self.processes.first:
             checkpoint.write_metrics(self.log_dir, [self.header, *self.metrics])
         self.save()
 
-    def choose(self, line: dict[str, Any]) -> None:
+    def evaluated_with(self, weights: dict[str, Tensor]) -> nn.Module:
+        model = copy.deepcopy(self.evaluated)
+        model.load_state_dict(weights)
+        return model
+
+    def validation_at(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The line of the log with the validation after `step` batches, and that validation."""
+        return next((line, part) for line in self.metrics for part in line["held_out"] if part["step"] == step)
+
+    def score(self, value: float) -> float:
+        """Of the first measure: more is better."""
+        return value if next(iter(self.task.measures)) == "accuracy" else -value
+
+    def choose(self, line: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Keeps the weights of this epoch where none before was better on the validation examples."""
-        name = next(iter(self.task.measures))
-        score = line[f"valid_{name}"] * (1 if name == "accuracy" else -1)
+        score = self.score(line[f"valid_{next(iter(self.task.measures))}"])
         if not self.best or score > self.best["score"]:
-            self.best = {"epoch": line["epoch"], "score": score, "model": copy.deepcopy(self.evaluated.state_dict())}
+            self.best = {"epoch": line["epoch"], "score": score, "model": weights}
+
+    def choose_for_sizes(self, validation: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+        """Keeps these weights for each size at which none before were better; the validation with its step."""
+        step = self.progress["epoch"] * self.batches + self.progress["batch"]
+        values = validation[f"valid_{next(iter(self.task.measures))}"]
+        scores = {size: self.score(value) for size, value in values.items()}
+        for size, score in scores.items():
+            if size not in self.sizes or score > self.sizes[size]["score"]:
+                self.sizes[size] = {"step": step, "score": score, "model": weights}
+        return {"step": step, **validation}
 
     def train_epoch(self) -> None:
         """What is left of an epoch."""
@@ -212,16 +271,17 @@ class Trainer:
         examples = self.task.train(progress["epoch"])
         order = torch.randperm(self.task.examples, generator=self.order)
         saved = time.monotonic()
-        began = saved - progress["seconds"]
         self.parallel.train()
         with self.bar(f"epoch {progress['epoch'] + 1}/{self.args.epochs}", self.batches, progress["batch"]) as bar:
             for rows in order.split(batch_size)[progress["batch"] :]:
+                self.validate_within()
+                began = time.monotonic()
                 due = self.processes.first and time.monotonic() - saved >= 60 * self.args.checkpoint_minutes
                 *sums, due, stop = self.processes.sum(*self.step(examples, rows), due, self.stopping)
                 progress["batch"] += 1
                 for name, value in zip(self.task.measures, sums, strict=True):
                     progress["sums"][name] += value
-                progress["seconds"] = time.monotonic() - began
+                progress["seconds"] += time.monotonic() - began
                 loss = sums[list(self.task.measures).index("loss")]
                 if not math.isfinite(loss):
                     where = f"epoch {progress['epoch'] + 1}, batch {progress['batch']}"
@@ -234,6 +294,17 @@ class Trainer:
                 if stop:
                     self.processes.wait()  # for the first one to have saved it
                     raise Stopped
+
+    def validate_within(self) -> None:
+        """The validation that is due after so many batches of an epoch; where the run was stopped in it, once more."""
+        progress, every = self.progress, self.args.valid_every
+        if not every or progress["batch"] % every or len(progress["held_out"]) == progress["batch"] // every:
+            return
+        began = time.monotonic()
+        weights = copy.deepcopy(self.evaluated.state_dict())
+        progress["held_out"].append(self.choose_for_sizes(self.validate(), weights))
+        progress["evaluation_seconds"] += time.monotonic() - began
+        self.parallel.train()
 
     def step(self, examples: Examples, rows: Tensor) -> list[float]:
         """One step down the mean loss of `rows`; of this process's share, the sum of each measure."""
@@ -252,19 +323,37 @@ class Trainer:
         return [measures[name].sum().item() for name in self.task.measures]
 
     def evaluate(self) -> dict[str, Any]:
-        """Each measure on the validation examples and on the test examples."""
-        return self.validate() | self.test()
+        """Each measure on the validation examples, at the size of training, and on the test examples."""
+        validation = self.validate([self.args.size])
+        return {name: values[str(self.args.size)] for name, values in validation.items()} | self.test()
 
-    def validate(self) -> dict[str, float]:
-        """Each measure on the validation examples, where there are any."""
+    def evaluate_for_sizes(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """At each size, each measure by the weights that `saved` has for it. The last ones stay in the model."""
+        result: dict[str, Any] = {}
+        for size in self.valid_sizes if saved["sizes"] else []:
+            best = saved["sizes"].get(str(size))
+            weights = best.get("model") if isinstance(best, dict) else None
+            self.load_weights(saved, f"sizes.{size}.model", self.evaluated, weights)
+            tested = self.test([size] if size in self.args.eval_sizes else [])
+            for name, values in (self.validate([size]) | tested).items():
+                result[name] = result.get(name, {}) | values
+        return result
+
+    def validate(self, sizes: list[int] | None = None) -> dict[str, dict[str, float]]:
+        """Each measure on the validation examples, where there are any, at `sizes`, or else at all that were asked for."""
         if not self.args.valid:
             return {}
-        return {f"valid_{name}": value for name, value in self.measure(self.task.valid(), "validation").items()}
+        result: dict[str, dict[str, float]] = {f"valid_{name}": {} for name in self.task.measures}
+        for size in sizes or self.valid_sizes or [self.args.size]:
+            title = "validation" if size == self.args.size else f"validation {self.task.label(size)}"
+            for name, value in self.measure(self.task.valid(size), title).items():
+                result[f"valid_{name}"][str(size)] = value
+        return result
 
-    def test(self, model: nn.Module | None = None) -> dict[str, dict[str, float]]:
-        """Each measure on the test examples at each of `args.eval_sizes`."""
+    def test(self, sizes: list[int] | None = None, model: nn.Module | None = None) -> dict[str, dict[str, float]]:
+        """Each measure on the test examples at each of `sizes`, or else of `args.eval_sizes`."""
         result = self.no_test()
-        for size in self.args.eval_sizes:
+        for size in self.args.eval_sizes if sizes is None else sizes:
             for name, value in self.measure(self.task.test(size), f"test {self.task.label(size)}", model).items():
                 result[f"test_{name}"][str(size)] = value
         return result
@@ -321,13 +410,22 @@ def summary(line: dict[str, Any], task: Task, epochs: int) -> str:
     name, measure = next(iter(task.measures.items()))
     trained = [f"epoch {line['epoch']}/{epochs}", f"train loss {line['train_loss']:.3f}"]
     evaluated = [f"validation {measure.show(line[f'valid_{name}'])}"] if f"valid_{name}" in line else []
+    if "held_out" in line:
+        values = line["held_out"][-1][f"valid_{name}"].items()
+        evaluated = [f"validation {task.label(size)} {measure.show(value)}" for size, value in values]
     evaluated += [f"test {task.label(size)} {measure.show(value)}" for size, value in line[f"test_{name}"].items()]
     title = [measure.title] if evaluated else []  # not every epoch is evaluated
     return "  ".join([*trained, *title, *evaluated, f"{line['seconds']:.0f} s"])
 
 
 def write_scalars(board: Any, line: dict[str, Any]) -> None:
+    for part in line.get("held_out", []):
+        for name in part.keys() - {"step"}:
+            for size, value in part[name].items():
+                board.add_scalar(f"held_out/{name}/{size}", value, part["step"])
     for name, value in line.items():
+        if name == "held_out":
+            continue
         for tag, scalar in value.items() if isinstance(value, dict) else [("", value)]:
             board.add_scalar(f"{name}/{tag}".rstrip("/"), scalar, line["epoch"])
     board.flush()

@@ -97,9 +97,9 @@ class SequentialMNIST(Task):
     def train(self, epoch: int) -> Examples:
         return self.trained
 
-    def valid(self) -> Examples:
+    def valid(self, size: int) -> Examples:
         """The last training digits."""
-        return Digits(*(part[self.rest :] for part in self.digits)).examples(self.args.size, self.input_size)
+        return Digits(*(part[self.rest :] for part in self.digits)).examples(size, self.input_size)
 
     def test(self, size: int) -> Examples:
         return self.test_digits.examples(size, self.input_size)

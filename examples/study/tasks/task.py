@@ -71,8 +71,8 @@ class Task:
         """The sequences of an epoch, the same whenever they are asked for."""
         raise NotImplementedError
 
-    def valid(self) -> Examples:
-        """`args.valid` sequences of the size of training, which `train` never has."""
+    def valid(self, size: int) -> Examples:
+        """`args.valid` sequences at a size, which `train` never has."""
         raise NotImplementedError
 
     def test(self, size: int) -> Examples:
@@ -122,8 +122,8 @@ class Drawn(Task):
     def train(self, epoch: int) -> Examples:
         return self.draw(generator("train", self.args.seed, epoch), self.args.examples, self.args.size)
 
-    def valid(self) -> Examples:
-        return self.draw(generator("valid"), self.args.valid, self.args.size)
+    def valid(self, size: int) -> Examples:
+        return self.draw(generator("valid"), self.args.valid, size)
 
     def test(self, size: int) -> Examples:
         return self.draw(generator("test", size), self.args.test_examples, size)
