@@ -5,9 +5,10 @@
     python tests/hostile.py --seed 3 --first 712 --cases 1   # one case again
 
 A case is its seed and number. What it may do: odd sizes, layouts, aliases, networks of calls, derivatives of derivatives,
-packed sequences, NaN and infinity, wrong checkpoints, wrong arguments, wrong calls of the operators. Results, states and
-gradients are compared with tests/oracle.py in float64; a mistake has to raise what nn.LSTM or nn.GRU raise for it. Cases run
-in subprocesses, so that a crash is told with its number too. Exits with 1 if a case fails.
+packed sequences, NaN and infinity, other defaults for new tensors, fake tensors, traces run on other sizes, wrong checkpoints,
+wrong arguments, wrong calls of the operators. Results, states and gradients are compared with tests/oracle.py in float64; a
+mistake has to raise what nn.LSTM or nn.GRU raise for it. Cases run in subprocesses, so that a crash is told with its number too.
+Exits with 1 if a case fails.
 
 A case ends as one of:
     equal      what the oracle says
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import faulthandler
+import functools
 import inspect
 import json
 import math
@@ -42,6 +44,8 @@ from typing import Any
 import oracle
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, unpack_sequence
 
 from rim_rnn import RIM, RIMCell, native, record
@@ -296,6 +300,19 @@ def a_path(draw: Draw) -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+@contextmanager
+def other_defaults(draw: Draw) -> Iterator[None]:
+    """One time in four torch makes new tensors elsewhere, or of another dtype, unless it is told where."""
+    dtype = torch.get_default_dtype()
+    with torch.device("meta") if draw.flip(0.25) else nullcontext():
+        try:
+            if draw.flip(0.25):
+                torch.set_default_dtype(draw.choice([torch.float64, torch.bfloat16]))
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
 def count_path(cell: RIMCell[Any], x: Tensor) -> str:
     path = "readable" if native.supports(cell, x, ()) else "native"
     paths[path] += 1
@@ -396,7 +413,7 @@ def run_layer(
     recorded = draw.flip(0.3)
     with a_path(draw):
         path = count_path(rnn.cells[0], argument.data if packed else argument)
-        with record(rnn) if recorded else nullcontext([]) as records:
+        with record(rnn) if recorded else nullcontext([]) as records, other_defaults(draw):
             output, last = rnn(argument, hx)
         if packed:
             check_packed(argument, output)
@@ -574,6 +591,96 @@ def no_rows(draw: Draw) -> str:
     return EQUAL
 
 
+# Without values, and on other values than those of the call
+
+
+def padded(draw: Draw, rnn: RIM[Any], given: dict[str, Any], stated: bool) -> list[Tensor]:
+    """Input of a few steps and rows, and first states or none."""
+    steps, rows = draw.randint(1, 4), draw.randint(1, 4)
+    x = draw.normal(*((rows, steps) if rnn.batch_first else (steps, rows)), given["input_size"])
+    state = [draw.normal(len(rnn.cells), rows, size) for size in state_sizes(given)] if stated else []
+    return [t.to(next(rnn.parameters()).dtype) for t in (x, *state)]
+
+
+def call(rnn: RIM[Any], x: Tensor, *state: Tensor) -> list[Tensor]:
+    return flat(rnn(x) if not state else rnn(x, state[0] if len(state) == 1 else state))
+
+
+def fakes(draw: Draw) -> str:
+    """Tensors that are a shape alone: shapes, dtypes and devices of results and gradients are those of a call."""
+    given = options(draw, sizes=range(1, 10))
+    dtype = draw.choice([torch.float64, torch.float32, torch.bfloat16])
+    rnn = RIM(**given, dtype=dtype)
+    data, wanted, twice = padded(draw, rnn, given, stated=draw.flip()), draw.flip(0.8), draw.flip(0.2)
+    about = []
+    with a_path(draw):
+        count_path(rnn.cells[0], data[0])
+        for mode in (nullcontext(), FakeTensorMode()):
+            with mode:
+                rnn = RIM(**given, dtype=dtype).requires_grad_(wanted)
+                tensors = [torch.zeros(t.shape, dtype=dtype, requires_grad=wanted) for t in data]
+                found = call(rnn, *tensors)
+                if wanted:
+                    found += torch.autograd.grad(sum(t.sum() for t in found), [*tensors, *rnn.parameters()], create_graph=twice)
+            about.append([(t.shape, t.dtype, t.device, t.requires_grad) for t in found])
+    if about[0] != about[1]:
+        raise WrongError(f"{about[1]} of fake tensors, {about[0]} of others")
+    return EQUAL
+
+
+class OfTensors(nn.Module):
+    """A layer that is given tensors alone, as a trace wants it: input and states, or the parts of a packed sequence."""
+
+    def __init__(self, rnn: RIM[Any], packed: bool) -> None:
+        super().__init__()
+        self.rnn, self.packed = rnn, packed
+
+    def forward(self, *data: Tensor) -> list[Tensor]:
+        if not self.packed:
+            return call(self.rnn, *data)
+        output, last = self.rnn(PackedSequence(*data))
+        return flat((output.data, last))
+
+
+def traces(draw: Draw) -> str:
+    """A trace, run on other numbers, and then on other sizes or lengths than its example has: what the layer gives, or an error."""
+    given = options(draw, most_units=3, sizes=range(1, 6))
+    rnn = RIM(**given, dtype=torch.float64)
+    strong(draw, rnn)
+    by = draw.choice(["jit", "real", "fake", "symbolic"])
+    packed, stated = by in ("jit", "real") and draw.flip(), draw.flip()
+    module = OfTensors(rnn, packed)
+
+    def data() -> list[Tensor]:
+        x, *state = padded(draw, rnn, given, stated)
+        if not packed:
+            return [x, *state]
+        x = x.transpose(0, 1) if rnn.batch_first else x
+        lengths = [len(x), *(draw.randint(1, len(x)) for _ in range(x.size(1) - 1))]
+        draw.shuffle(lengths)
+        return [*pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)]
+
+    example, other = data(), data()
+    with a_path(draw):
+        count_path(rnn.cells[0], example[0])
+        if by == "jit":
+            graph: Any = torch.jit.trace(module, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
+        else:
+            parameters = dict(module.named_parameters())
+            whole = make_fx(lambda p, *d: torch.func.functional_call(module, p, d), tracing_mode=by)(parameters, *example)
+            graph = functools.partial(whole, parameters)
+        for inputs in ([torch.flip(example[0], [-1]), *example[1:]], other):
+            try:
+                found = graph(*inputs)
+            except (RuntimeError, AssertionError) as error:
+                if inputs is not other:
+                    raise WrongError(f"a trace by {by} is refused what it was made for: {error}") from error
+                return REFUSED
+            for i, (ours, theirs) in enumerate(zip(found, module(*inputs), strict=True)):
+                check_close(f"result {i} of a trace by {by}", ours, theirs, 1e-9)
+    return EQUAL
+
+
 # Networks of calls
 
 
@@ -616,13 +723,16 @@ def network(draw: Draw, calls: int, second: bool, dtype: torch.dtype = torch.flo
             if isinstance(module, RIM):
                 more = draw.choice(pool)
                 hx = tuple(s[None] for s in hx)
-                output, new = module(torch.stack([x[0], more[0]]), hx if lstm else hx[0])
+                pair = torch.stack([x[0], more[0]])
+                with other_defaults(draw):
+                    output, new = module(pair, hx if lstm else hx[0])
                 rows = list(torch.stack([x[1], more[1]], 1))
                 expected = oracle.rim(cell_params, spec(given), rows, *(s[1][None] for s in state))
                 pairs = [(output[0], torch.stack([row[0] for row in expected.rows]))]
                 pairs += [(s[0], t[0]) for s, t in zip(flat(new), (expected.h_n, expected.c_n), strict=False)]
             else:
-                new = module(x[0], hx if lstm else hx[0])
+                with other_defaults(draw):
+                    new = module(x[0], hx if lstm else hx[0])
                 pairs = list(
                     zip(flat(new), oracle.cell(cell_params, spec(given), x[1], *(s[1] for s in state))[:2], strict=False)
                 )
@@ -1085,6 +1195,8 @@ KINDS: dict[Callable[[Draw], str], int] = {  # and how many of a round of cases 
     extremes: 2,
     infinities: 1,
     no_rows: 1,
+    fakes: 1,
+    traces: 1,
     aliases: 2,
     networks: 2,
     second_derivatives: 2,

@@ -65,6 +65,23 @@ def test_the_compiled_graph_of_the_readable_path_does_not_grow_with_the_steps() 
     assert sizes[2] == sizes[3] < sizes[0]
 
 
+def test_one_compiled_graph_serves_all_numbers_of_steps() -> None:
+    """The first number that it is shown is unrolled if it is small; with the second the number stays open, in one graph."""
+    rnn, graphs = layer(KINDS[0]), []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    compiled = torch.compile(rnn, fullgraph=True, backend=count)
+    with native.readable():
+        for steps in (5, *range(2, 20)):
+            x = normal(steps, 3, 3, seed=steps, dtype=torch.float32)
+            torch.testing.assert_close(compiled(x), rnn(x))
+    assert len(graphs) == 2
+    assert graphs[1] < graphs[0]
+
+
 @pytest.mark.parametrize("kind", [*KINDS, {"num_comm_heads": 0, "bias": False}], ids=["LSTM", "GRU", "proj", "bare"])
 @pytest.mark.parametrize("batch_sizes", [None, [2, 2, 1]], ids=["padded", "packed"])
 def test_opcheck_of_the_readable_scan(kind: dict[str, Any], batch_sizes: list[int] | None) -> None:

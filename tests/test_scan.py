@@ -259,6 +259,19 @@ def test_outputs_and_states_can_be_changed_in_place_after_the_fact(kind: dict[st
         assert_identical([x, *hx], kept)
 
 
+@kinds
+@pytest.mark.parametrize("cell", [False, True], ids=["layer", "cell"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_every_parameter_has_a_gradient_of_any_result_alone(kind: dict[str, Any], steps: int, cell: bool) -> None:
+    """Though it be zero, as that of the communication of ``c`` after one step: DistributedDataParallel waits for each."""
+    rnn: Any = layer(kind, num_layers=2)
+    module, x = (rnn.cells[0], normal(2, 3, seed=1)) if cell else (rnn, normal(steps, 2, 3, seed=1))
+    parameters = list(module.parameters())
+    for result in tree_leaves(module(x)):
+        given = torch.autograd.grad(result.sum(), parameters, retain_graph=True, allow_unused=True)
+        assert all(gradient is not None for gradient in given)
+
+
 # Devices
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as scan_operator
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.utils import parametrize
 
 from rim_rnn.dynamics import State
@@ -38,7 +39,8 @@ from rim_rnn.surroundings import autocast_dtype, is_exporting, is_traced_by_fx
 from rim_rnn.units import divide, unite
 
 UNROLLED = 16
-"""Up to so many steps torch.compile sees each of them and fuses what it finds, which takes its time for every one."""
+"""Up to so many steps torch.compile sees each of them and fuses what it finds, which takes its time for every one; unless it
+leaves their number open, as it does from the second number on that it is shown: then one graph serves all."""
 
 
 def scan(
@@ -50,7 +52,7 @@ def scan(
     compiling = torch.compiler.is_compiling()
     graph = compiling or (type(input) is FakeTensor and is_traced_by_fx())  # make_fx, with shapes alone
     if graph:
-        if is_exporting() or record or autocast_dtype(input.device) or (compiling and steps <= UNROLLED):
+        if is_exporting() or record or autocast_dtype(input.device) or (compiling and statically_known_true(steps <= UNROLLED)):
             return None
         parameters = plain_parameters(cell, input, state)
     else:

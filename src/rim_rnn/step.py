@@ -199,4 +199,6 @@ def over_time(
         outputs[t] = now[0]
     output = unite(torch.cat(outputs, dim=1) if packed else torch.stack(outputs, dim=1))
     last = [torch.cat(rows, dim=1) for rows in zip(now, *reversed(ended), strict=True)]
-    return output, tuple(unite(s.unsqueeze(1) if state[0].dim() == 3 else s) for s in last)
+    # Of one tensor, so that a gradient of c alone is one of h as well, of zeros: no parameter goes without one.
+    parts = torch.cat(last, dim=-1).split([s.size(-1) for s in last], dim=-1)
+    return output, tuple(unite(s.unsqueeze(1) if state[0].dim() == 3 else s) for s in parts)
