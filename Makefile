@@ -13,44 +13,66 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Half of an installation's time is compiling modules, most of which nobody imports: each is compiled, and kept, when first imported
 export PYTHONDONTWRITEBYTECODE :=
-PIP := python -m pip install --quiet --no-compile --constraint constraints.txt
+PIP := python -m pip install $(if $(CI),--quiet) --no-compile --constraint constraints.txt
 PYTEST := python -m pytest -n auto --maxschedchunk 1
 
-.PHONY: setup demo lint quick test check whole readable docs package wheels audit
+.PHONY: setup demo lint quick test check whole readable docs package wheels audit before-demo
 
 setup: $(VENV)/ready
 
 # The checkout, without an operator; then what its extras bring, and the operator, compiled into src
 $(VENV)/checkout: pyproject.toml constraints.txt
+	@echo "=== $(VENV): an environment with torch, which is the largest download"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools numpy
 	RIM_RNN_NATIVE=0 $(PIP) --no-build-isolation --editable .
-	touch $@
+	@touch $@
 
-$(VENV)/packages: $(VENV)/checkout
-	$(PIP) 'rim-rnn[examples,docs,test]'
-	touch $@
+$(VENV)/examples: $(VENV)/checkout
+	@echo "=== $(VENV): what the examples need"
+	$(PIP) 'rim-rnn[examples]'
+	@touch $@
+
+$(VENV)/packages: $(VENV)/examples
+	@echo "=== $(VENV): what the documentation and the tests need"
+	$(PIP) 'rim-rnn[docs,test]'
+	@touch $@
 
 $(VENV)/tools: $(VENV)/packages
+	@echo "=== $(VENV): the tools whose tests run with the layer inside"
 	$(PIP) 'rim-rnn[tools]'
-	touch $@
+	@touch $@
 
 $(VENV)/release: $(VENV)/packages
+	@echo "=== $(VENV): what looks at a release"
 	$(PIP) 'rim-rnn[release]'
-	touch $@
+	@touch $@
 
 $(VENV)/operator: $(VENV)/checkout $(wildcard setup.py src/rim_rnn/csrc/*)
+	@echo "=== the native operator: a minute of the compiler; where there is none, the layer runs in plain PyTorch"
 	rm -f src/rim_rnn/_native.*
 	python setup.py -q build_ext --force --inplace
-	touch $@
+	@touch $@
 
 $(VENV)/ready: $(VENV)/packages $(VENV)/operator
 	python -m rim_rnn
-	touch $@
+	@touch $@
 
-demo: setup
+RUNS := runs/demo
+demo: before-demo $(VENV)/examples $(VENV)/operator
+	@echo "=== training, two runs at a time; stop it when you like, the same command goes on"
 	python examples/study/study.py examples/study/demo.toml --data_dir examples/study/digits --jobs 2 --seeds 0
 	python examples/study/study_report.py examples/study/demo.toml --seeds 0
+	@echo "=== the table is in $(RUNS)/table.md. To look at, in $(RUNS)/sequential_mnist:"
+	@echo "    RIM/seed-0/units.png   the pixels at which each unit was active"
+	@echo "    sizes.png              accuracy against the size of the digits"
+	@echo "    curves.png             accuracy as training went on"
+
+before-demo:
+	@echo "=== make demo: trains a RIM and an nn.LSTM on digits that ship with the examples, and draws what came of it."
+	@echo "    Four minutes on two cores, of which the first time half are setting up $(VENV):"
+	@echo "    it downloads torch and what the examples need, 1 GB on a disk; on Linux 5 GB, with CUDA, unless pip was told otherwise:"
+	@echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 
 lint: setup
 	ruff format --check
@@ -72,7 +94,10 @@ test: setup
 	$(PYTEST) -m 'not tools'
 
 check:
+	@echo "=== make check: format, lint, types, documentation, packages, then the tests: what CI runs on Linux."
+	@echo "    Up to half an hour on two cores; the first time it sets up $(VENV), and downloads torch and some 200 packages."
 	$(MAKE) --jobs 3 whole
+	@echo "=== the tests, slow ones first"
 	$(PYTEST)
 
 # Without the operator: not the cases that choose the readable path themselves, nor files in which the path makes no difference, or

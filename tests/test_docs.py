@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import rim_rnn
 
@@ -78,6 +81,36 @@ def test_every_public_name_has_a_page(name: str) -> None:
 @pytest.mark.parametrize("name", rim_rnn.__all__)
 def test_every_public_name_has_an_example(name: str) -> None:
     assert run(doctest.DocTestFinder(recurse=False).find(getattr(rim_rnn, name), name)) > 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (0, {}),
+        (1, {"num_layers": 2}),
+        (3, {"num_layers": 2, "bidirectional": True, "rnn_cell": "GRU"}),
+        (0, {"num_comm_heads": 0}),
+    ],
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_function_to_copy_draws_a_record(layer: int, options: dict[str, Any], batch_first: bool) -> None:
+    """As it stands in Looking inside: one row of the batch, whatever comes first in the input."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("Agg")
+    script = (ROOT / "examples" / "gallery" / "seeing_units.py").read_text(encoding="utf-8")
+    (source,) = (ast.get_source_segment(script, node) for node in ast.parse(script).body if getattr(node, "name", "") == "plot")
+    names: dict[str, Any] = {"plt": plt}
+    exec(source or "", names)
+    rnn = rim_rnn.RIM(3, 12, num_units=4, k=2, batch_first=batch_first, **options)
+    with rim_rnn.record(rnn) as records, torch.no_grad():
+        rnn(torch.randn((5, 7, 3) if batch_first else (7, 5, 3)))
+    figure = names["plot"](records[0], row=2, layer=layer)
+    active, attention, reads = (torch.tensor(axes.images[0].get_array().tolist()) for axes in figure.axes[:3])
+    assert torch.equal(active.T, records[0].active[layer, :, 2].float())
+    assert torch.equal(attention.T, records[0].input_attention[layer, :, 2])
+    whole = 0.0 if options.get("num_comm_heads") == 0 else 1.0
+    assert all(total == pytest.approx(whole, abs=1e-5) for total, any_ in zip(reads.sum(1), active.any(1), strict=True) if any_)
+    plt.close(figure)
 
 
 def test_the_drawing_of_the_rooms_has_every_module_above_what_it_imports() -> None:

@@ -5,6 +5,10 @@ A swap in a language model
 A character model whose state is carried from one piece of the text to the next, first
 with :class:`torch.nn.LSTM`, then with :class:`~rim_rnn.RIM`. No line but the one that
 makes the layer knows which of them it is.
+
+It shows the swap, and no gain: with one seed, three epochs and no search, the RIM ends
+behind the LSTM on this text, and with more parameters; both figures are printed below.
+What a RIM is for is on the page :doc:`/reproduction`.
 """
 
 import math
@@ -91,8 +95,9 @@ plt.legend()
 plt.show()
 
 # %%
-# On the text held out, read from its beginning to its end with the state carried on.
-# The layers have the same input and state sizes, not the same number of parameters.
+# On the text held out, read from its beginning to its end with the state carried on:
+# fewer bits are better, and here the LSTM has fewer. The layers have the same input and
+# state sizes, and not the same number of parameters.
 
 with torch.no_grad():
     for layer, model in models.items():
