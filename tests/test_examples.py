@@ -1671,6 +1671,12 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
     assert "data_dir" not in header["arguments"]
     assert header["command"] == "python train.py --seed 0"
 
+    checkpoint.write_metrics(log.parent, [header, lines[0] | {"train_loss": 9.0}])  # begun again, and not as far yet
+    command(study_report, "--publish", tmp_path / "results")
+    assert rim.epochs(tmp_path / "results", 1)[1:] == lines
+    checkpoint.write_metrics(log.parent, [header, *lines])
+    capsys.readouterr()
+
     page = tmp_path / "page.md"
     begin, end = marks("tiny, copying, in short", study_report.WRITER)
     page.write_text(f"# Title\n{begin}\n{end}\nThe rest.\n")
@@ -1685,13 +1691,16 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
     assert capsys.readouterr().out == ""
 
 
+STUDIES = ("study", "by_epoch", "search", "search_pixel", "search_sizes", "methods")
+
+
 @pytest.mark.parametrize(
     ("name", "args", "page"),
     [
         ("study", ["--rows", "RIM 6/4", "LSTM"], "README.md"),
         ("demo", ["--seeds", 0], "README.md"),
         ("demo", [], "README.md"),
-        *((name, [], "docs/reproduction.md") for name in ("study", "by_epoch", "search", "search_pixel", "methods")),
+        *((name, [], "docs/reproduction.md") for name in STUDIES),
     ],
 )
 def test_a_page_has_the_tables_of_the_committed_logs(
@@ -1702,12 +1711,9 @@ def test_a_page_has_the_tables_of_the_committed_logs(
     study_report.main()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["study.toml", "by_epoch.toml", "search.toml", "search_pixel.toml", "search_sizes.toml", "methods.toml", "demo.toml"],
-)
+@pytest.mark.parametrize("name", [*STUDIES, "demo"])
 def test_every_row_of_the_studies_can_be_built_and_is_in_the_table(name: str, tmp_path: Path) -> None:
-    rows = study.read(EXAMPLE / name)
+    rows = study.read(EXAMPLE / f"{name}.toml")
     text = study_report.write(Namespace(runs=tmp_path, study=Path("x.toml"), seeds=None), rows)
     for row in rows:
         assert f"| {row.name}, *no epoch yet* |" in text
@@ -1715,7 +1721,7 @@ def test_every_row_of_the_studies_can_be_built_and_is_in_the_table(name: str, tm
         with torch.device("meta"):
             model = Model(args, Namespace(input_size=1, outputs=10, read_steps=1))
         assert isinstance(model.rnn, torch.nn.LSTM if args.model == "LSTM" else RIM)
-        assert args.valid > 0 or name == "demo.toml"
+        assert args.valid > 0 or name == "demo"
         assert "search" not in name or args.eval_sizes == [], "a search that looks at test examples"
 
 

@@ -329,7 +329,8 @@ def tables(args: Namespace, rows: list[Row]) -> dict[str, str]:
         result[name] = "\n\n".join([*parts, origin(headers)] if headers else parts)
         seeds = f", seed {' '.join(map(str, args.seeds))}" if args.seeds else ""
         result[f"{name}, in short{seeds}"] = short_table(task, groups)
-        result[f"{name}, held out"] = held_out_table(task, groups)
+        held_out = held_out_table(task, groups)
+        result[f"{name}, held out"] = "\n\n".join([held_out, origin(headers)] if headers else [held_out])
         result[f"{name}, epoch by epoch"] = epochs_table(task, groups)
     return result
 
@@ -360,12 +361,15 @@ def write(args: Namespace, rows: list[Row]) -> str:
 
 
 def publish(rows: list[Row], runs: Path, folder: Path) -> None:
-    """Copies what the report needs of each run, and of the first run of each row the picture of its units."""
+    """Copies what the report needs of each run, and of the first run of each row the picture of its units.
+
+    A log in `folder` that has come further stays: its row may be carried on elsewhere, from the beginning.
+    """
     for row in rows:
         for seed in row.seeds:
             there, here = row.log_dir(runs, seed), row.log_dir(folder, seed)
             lines = row.epochs(runs, seed)
-            if not lines:
+            if len(lines) <= 1 or len(lines) < len(row.epochs(folder, seed)):
                 continue
             here.mkdir(parents=True, exist_ok=True)
             if data_dir := lines[0]["arguments"].pop("data_dir", None):  # others have the data elsewhere
