@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ifeq ($(OS),Windows_NT)
-export PATH := $(CURDIR)/$(VENV)/Scripts;$(PATH)
+export PATH := $(abspath $(VENV))/Scripts;$(PATH)
 else
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 # named, for without a shell the make of macOS does not look along this PATH
 SHELL := /bin/bash
 endif
