@@ -108,6 +108,15 @@ def test_opacus_by_hand() -> None:
     assert all(not torch.equal(old, p) for old, p in zip(before, parameters.values(), strict=True))
 
 
+@opacus_noise
+def test_opacus_is_told_what_to_do() -> None:
+    """Without the module around the layer, the first call says that it is missing, where opacus' own validator says nothing."""
+    opacus = pytest.importorskip("opacus")
+    rnn = opacus.grad_sample.GradSampleModule(RIM(3, 12, batch_first=True))
+    with pytest.raises(RuntimeError, match=r"as one piece \(the page Tools shows the module\), or with grad_sample_mode"):
+        rnn(torch.randn(2, 4, 3))
+
+
 # captum
 
 

@@ -145,6 +145,7 @@ def asks_stages(cell: Any) -> bool:
         for _, kinds, module in _every_module(cell)
     )
     if asked:
+        _refuse_samples(cell)
         _, dynamics, communication = cell.stages()
         for stage, method in ((dynamics, "project"), (communication, "stacked_weights")):
             if _is_own(stage, method):
@@ -153,6 +154,21 @@ def asks_stages(cell: Any) -> bool:
                     "or a module of its own in the same cell rules out"
                 )
     return asked
+
+
+def _refuse_samples(cell: Any) -> None:
+    """An error where hooks on a stage would take the gradients of each sample, as opacus' do: there the units come first."""
+    for path, _, module in _every_module(cell):
+        if (
+            module is not None
+            and does_more(module)
+            and any(hasattr(p, "grad_sample") for p in module.parameters(recurse=False))
+        ):
+            raise RuntimeError(
+                f"the gradients of each sample can not be taken by hooks on {path}, where the units come before the batch. "
+                'Have them taken of the layer as one piece (the page Tools shows the module), or with grad_sample_mode="no_op" by '
+                "torch.func.vmap(torch.func.grad(...))"
+            )
 
 
 def _is_own(stage: nn.Module, method: str) -> bool:
