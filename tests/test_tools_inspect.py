@@ -113,7 +113,7 @@ def test_opacus_is_told_what_to_do() -> None:
     """Without the module around the layer, the first call says that it is missing, where opacus' own validator says nothing."""
     opacus = pytest.importorskip("opacus")
     rnn = opacus.grad_sample.GradSampleModule(RIM(3, 12, batch_first=True))
-    with pytest.raises(RuntimeError, match=r"as one piece \(the page Tools shows the module\), or with grad_sample_mode"):
+    with pytest.raises(RuntimeError, match=r"as one piece \(the page Tools shows the module\), or by torch.func.vmap"):
         rnn(torch.randn(2, 4, 3))
 
 

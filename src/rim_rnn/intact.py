@@ -166,8 +166,8 @@ def _refuse_samples(cell: Any) -> None:
         ):
             raise RuntimeError(
                 f"the gradients of each sample can not be taken by hooks on {path}, where the units come before the batch. "
-                'Have them taken of the layer as one piece (the page Tools shows the module), or with grad_sample_mode="no_op" by '
-                "torch.func.vmap(torch.func.grad(...))"
+                "Have them taken of the layer as one piece (the page Tools shows the module), or by "
+                'torch.func.vmap(torch.func.grad(...)) with grad_sample_mode="no_op"'
             )
 
 
