@@ -46,8 +46,9 @@ METHODS = (STEP | {"forward"}).union(
 def exactly_ours(cell: nn.Module, kind: Callable[[Any], type] = type) -> tuple[nn.Module, ...] | None:
     """The modules of a cell in the order of :data:`MODULES`, if all of them are exactly ours, by ``kind``; else ``None``."""
     try:
-        attention, dynamics, communication = (cell._modules[name] for name in ("input_attention", "dynamics", "communication"))
-        parts, talk = attention._modules, communication._modules  # type: ignore[union-attr]
+        own: Any = cell._modules
+        attention, dynamics, communication = own["input_attention"], own["dynamics"], own["communication"]
+        parts, talk = attention._modules, communication._modules
         talking = (talk["query"], talk["key"], talk["value"], talk["output"]) if talk else ()
         found: Any = (attention, parts["query"], parts["key"], parts["value"], dynamics, communication, *talking)
     except (KeyError, AttributeError):  # something was put in its place

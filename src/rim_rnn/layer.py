@@ -407,7 +407,8 @@ class RIM(nn.Module, Generic[StateT]):
         layout = Layout(input, self.batch_first)
         x = layout.unpack(input, weight)
         first = self._first_states(cells, layout, x, weight, hx)
-        modules: Any = [*cast("nn.ModuleList", self._modules["cells"])]
+        modules: Any = self._modules["cells"]
+        modules = [*modules]
         last: list[State] = []
         traces = []
         for layer in range(self.num_layers):

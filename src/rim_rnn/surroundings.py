@@ -69,7 +69,8 @@ def held_to_example(x: Tensor, batch_sizes: Tensor | None, sizes: list[int] | No
         return x
     token = torch.zeros((), dtype=x.dtype, device="cpu")  # without which torch.jit would take the check for dead code
     message = f"RIM: this graph was traced for {what}"
-    return x + torch.ops.aten._functional_assert_async.msg(same, message, token)
+    checked: Tensor = x + torch.ops.aten._functional_assert_async.msg(same, message, token)
+    return checked
 
 
 def numbers(batch_sizes: Tensor) -> list[int]:
