@@ -200,5 +200,5 @@ def over_time(
     output = unite(torch.cat(outputs, dim=1) if packed else torch.stack(outputs, dim=1))
     last = [torch.cat(rows, dim=1) for rows in zip(now, *reversed(ended), strict=True)]
     # Of one tensor, so that a gradient of c alone is one of h as well, of zeros: no parameter goes without one.
-    parts = torch.cat(last, dim=-1).split([s.size(-1) for s in last], dim=-1)
+    parts = torch.split(torch.cat(last, dim=-1), [s.size(-1) for s in last], dim=-1)
     return output, tuple(unite(s.unsqueeze(1) if state[0].dim() == 3 else s) for s in parts)
