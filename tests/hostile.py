@@ -7,8 +7,8 @@
 A case is its seed and number. What it may do: odd sizes, layouts, aliases, networks of calls, derivatives of derivatives,
 packed sequences, NaN and infinity, other defaults for new tensors, fake tensors, traces run on other sizes, wrong checkpoints,
 wrong arguments, wrong calls of the operators. Results, states and gradients are compared with tests/oracle.py in float64; a
-mistake has to raise what nn.LSTM or nn.GRU raise for it. Cases run in subprocesses, so that a crash is told by its number.
-Exits with 1 if a case fails.
+mistake has to raise what nn.LSTM or nn.GRU raise for it. Cases run in subprocesses, so that a crash is told with its number
+too. Exits with 1 if a case fails.
 
 A case ends as one of:
     equal      what the oracle says
@@ -643,7 +643,7 @@ class OfTensors(nn.Module):
 
 
 def traces(draw: Draw) -> str:
-    """A trace, run on other numbers, then on other sizes or lengths than its example has: what the layer gives or an error."""
+    """A trace, run on other numbers, then on other sizes or lengths than its example has: what the layer gives, or an error."""
     given = options(draw, most_units=3, sizes=range(1, 6))
     rnn = RIM(**given, dtype=torch.float64)
     strong(draw, rnn)

@@ -91,13 +91,12 @@ that goes without them, were they to be heard inside."""
 
 def is_any_hooked() -> bool:
     """The same for every module: a hook for all of them."""
-    kinds = (
-        nn_module._global_forward_hooks,
-        nn_module._global_forward_pre_hooks,
-        nn_module._global_backward_hooks,
-        nn_module._global_backward_pre_hooks,
-    )
-    return any(kinds) and any([hook.__module__ != WATCHERS for hooks in kinds for hook in hooks.values()])  # noqa: C419
+    forward, before = nn_module._global_forward_hooks, nn_module._global_forward_pre_hooks
+    backward, before_backward = nn_module._global_backward_hooks, nn_module._global_backward_pre_hooks
+    if not (forward or before or backward or before_backward):
+        return False
+    kinds: Any = (forward, before, backward, before_backward)
+    return any([hook.__module__ != WATCHERS for hooks in kinds for hook in hooks.values()])  # noqa: C419
 
 
 def _has_method(module: nn.Module) -> bool:

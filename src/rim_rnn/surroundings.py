@@ -37,7 +37,9 @@ def is_exporting() -> bool:
 
 def is_traced_by_fx() -> bool:
     """Whether make_fx is at work, which writes down every operator that is called."""
-    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return get_proxy_mode() is not None
 
 
 def held_to_example(x: Tensor, batch_sizes: Tensor | None, sizes: list[int] | None) -> Tensor:
@@ -45,12 +47,12 @@ def held_to_example(x: Tensor, batch_sizes: Tensor | None, sizes: list[int] | No
 
     While a graph is traced that is right for what of them is a number in its example, it is told to raise on others.
     """
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
-        return x
-    by_jit, by_fx = torch._C._get_tracing_state() is not None, is_traced_by_fx()
-    if not (by_jit or by_fx):
-        if sizes and x.is_cuda and torch.cuda.is_current_stream_capturing():
+    by_jit = not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    if not (by_jit or is_traced_by_fx()):
+        if sizes and x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
             warnings.warn(f"RIM: this CUDA graph takes every input for one with batch_sizes={sizes}", stacklevel=2)
+        return x
+    if torch.onnx.is_in_onnx_export():  # whose graphs have the sizes of their inputs
         return x
     same: Any
     if batch_sizes is not None:
@@ -69,8 +71,8 @@ def held_to_example(x: Tensor, batch_sizes: Tensor | None, sizes: list[int] | No
         return x
     token = torch.zeros((), dtype=x.dtype, device="cpu")  # without which torch.jit would take the check for dead code
     message = f"RIM: this graph was traced for {what}"
-    checked: Tensor = x + torch.ops.aten._functional_assert_async.msg(same, message, token)
-    return checked
+    held: Tensor = x + torch.ops.aten._functional_assert_async.msg(same, message, token)
+    return held
 
 
 def numbers(batch_sizes: Tensor) -> list[int]:
