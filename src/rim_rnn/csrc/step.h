@@ -103,7 +103,7 @@ struct Block {
     state = arena.take<T>(R * ld_state);
     projected = arena.take<T>(R * ld_state);
     pairs = k * s.comm_heads, ld_pairs = pad<T>(int(pairs));
-    probabilities = arena.take<T>(n * ld_pairs);
+    probabilities = arena.take<T>(n * ld_pairs + slack);  // coefficients are read a vector at a time
     asking = arena.take<T*>(pairs);
     hearing = arena.take<T*>(pairs);
     reads = arena.take<T*>(n);
@@ -116,8 +116,8 @@ struct Block {
     doperand = arena.take<T>(R * ld_operand);
     dheard = arena.take<T>(R * n * ld_heard);
     dasked = arena.take<T>(R * ld_state);
-    dscores = arena.take<T>(n * ld_pairs);
-    dropped = problem.keep_comm ? arena.take<T>(n * ld_pairs) : probabilities;
+    dscores = arena.take<T>(n * ld_pairs + slack);
+    dropped = problem.keep_comm ? arena.take<T>(n * ld_pairs + slack) : probabilities;
     dasking = arena.take<T*>(pairs);
     dhearing = arena.take<T*>(pairs);
     tilde = arena.take<T>(R * n * p);
@@ -356,76 +356,79 @@ struct Block {
     for (int m = 0; m < n; ++m) reads[m] = of_unit(read, m, ld_read) + int64_t(places ? places[i * n + m] : i) * ld_read;
   }
 
-  // Loops over the parts of heads have their length known to the compiler where it is 1, 2 or 4 vectors, else it is 0.
-#define RIM_PER_LENGTH(size, call)                                \
-  switch ((size) % WIDTH<T> ? 0 : (size) / WIDTH<T>) {            \
-    case 1: { constexpr int VECTORS = 1; return call; }           \
-    case 2: { constexpr int VECTORS = 2; return call; }           \
-    case 4: { constexpr int VECTORS = 4; return call; }           \
-    default: { constexpr int VECTORS = 0; return call; }          \
-  }
-  template <int VECTORS>
-  static constexpr int length(int size) {
-    return VECTORS ? VECTORS * WIDTH<T> : size;
+  // Loops over the parts of heads have their length known to the compiler where it is a multiple of 4 up to 32, else SIZE is 0.
+  // Where a vector is longer than a head, or no multiple of it, several heads are taken at a time: those that fill whole vectors.
+#define RIM_PER_LENGTH(size, call)                                          \
+  switch (s.comm_heads % TOGETHER<T>(size) ? 0 : (size)) {                  \
+    case 4: { constexpr int SIZE = 4; return call; }                        \
+    case 8: { constexpr int SIZE = 8; return call; }                        \
+    case 12: { constexpr int SIZE = 12; return call; }                      \
+    case 16: { constexpr int SIZE = 16; return call; }                      \
+    case 20: { constexpr int SIZE = 20; return call; }                      \
+    case 24: { constexpr int SIZE = 24; return call; }                      \
+    case 28: { constexpr int SIZE = 28; return call; }                      \
+    case 32: { constexpr int SIZE = 32; return call; }                      \
+    default: { constexpr int SIZE = 0; return call; }                       \
   }
 
   // to[m][pair] = left[pair] . (what unit m has for the pair's head), of which each head has `size`
-  void dots(T* const* left, int64_t at, int size, T* to) const { RIM_PER_LENGTH(size, dots_of<VECTORS>(left, at, size, to)) }
-  template <int VECTORS>
+  void dots(T* const* left, int64_t at, int size, T* to) const { RIM_PER_LENGTH(size, dots_of<SIZE>(left, at, size, to)) }
+  template <int SIZE>
   void dots_of(T* const* left, int64_t at, int size, T* to) const {
-    size = length<VECTORS>(size);
+    size = SIZE ? SIZE : size;
+    constexpr int HEADS = SIZE && SIZE < WIDTH<T> && WIDTH<T> % SIZE == 0 ? WIDTH<T> / SIZE : 1;  // in a vector of products
     for (int m = 0; m < n; ++m) {
       const T* right = reads[m] + at;
       for (int64_t first = 0; first < pairs; first += WIDTH<T>) {
-        Vec<T> products[WIDTH<T>];
-        for (int lane = 0; lane < WIDTH<T>; ++lane) {
+        Vec<T> products[WIDTH<T> / HEADS];
+        for (int i = 0; i < WIDTH<T> / HEADS; ++i) {
+          const int64_t pair = first + i * HEADS;
           Vec<T> total{};
-          if (first + lane < pairs) {
-            const T *l = left[first + lane], *r = right + head_of[first + lane] * size;
-            for (int d = 0; d < size; d += WIDTH<T>) total += load(l + d, size - d) * load(r + d, size - d);
+          if (pair < pairs) {
+            const T *l = left[pair], *r = right + head_of[pair] * size;
+            for (int d = 0; d < size * HEADS; d += WIDTH<T>) total += load(l + d, size * HEADS - d) * load(r + d, size * HEADS - d);
           }
-          products[lane] = total;
+          products[i] = total;
         }
-        store(to + m * ld_pairs + first, sums<T>(products));
+        store(to + m * ld_pairs + first, sums<T, HEADS>(products));
       }
     }
   }
   // to[pair] = sum over m of coefficient[m][pair] * (what unit m has for the pair's head)
   void gather_units(const T* coefficients, int64_t at, int size, T* const* to) const {
-    RIM_PER_LENGTH(size, gather_units_of<VECTORS>(coefficients, at, size, to))
+    RIM_PER_LENGTH(size, gather_units_of<SIZE>(coefficients, at, size, to))
   }
-  template <int VECTORS>
+  template <int SIZE>
   void gather_units_of(const T* coefficients, int64_t at, int size, T* const* to) const {
-    size = length<VECTORS>(size);
-    constexpr int N = VECTORS ? VECTORS : 1;
-    for (int64_t pair = 0; pair < pairs; ++pair)
-      for (int d = 0; d < size; d += N * WIDTH<T>) {
-        const int64_t from = at + int64_t(head_of[pair]) * size + d;
-        Vec<T> total[N] = {};
-        for (int m = 0; m < n; ++m) {
-          const Vec<T> coefficient = fill<T>(coefficients[m * ld_pairs + pair]);
-          for (int v = 0; v < N; ++v) total[v] += coefficient * load(reads[m] + from + v * WIDTH<T>, size - d - v * WIDTH<T>);
-        }
-        for (int v = 0; v < N; ++v) store(to[pair] + d + v * WIDTH<T>, total[v], size - d - v * WIDTH<T>);
-      }
+    for (int64_t pair = 0; pair < pairs; pair += TOGETHER<T>(SIZE))
+      gather_heads<SIZE>(size, to[pair], n, [&](int64_t m) { return coefficients + m * ld_pairs + pair; },
+                         [&](int64_t m) { return reads[m] + at + int64_t(head_of[pair]) * size; });
   }
   // to, for each head: the sum over winners of coefficient[pair] * part[pair]
   void gather_winners(const T* coefficients, T* const* parts, int size, T* to) const {
-    RIM_PER_LENGTH(size, gather_winners_of<VECTORS>(coefficients, parts, size, to))
+    RIM_PER_LENGTH(size, gather_winners_of<SIZE>(coefficients, parts, size, to))
   }
-  template <int VECTORS>
+  template <int SIZE>
   void gather_winners_of(const T* coefficients, T* const* parts, int size, T* to) const {
-    size = length<VECTORS>(size);
-    constexpr int N = VECTORS ? VECTORS : 1;
-    for (int head = 0; head < s.comm_heads; ++head)
-      for (int d = 0; d < size; d += N * WIDTH<T>) {
-        Vec<T> total[N] = {};
-        for (int64_t pair = head; pair < pairs; pair += s.comm_heads) {
-          const Vec<T> coefficient = fill<T>(coefficients[pair]);
-          for (int v = 0; v < N; ++v) total[v] += coefficient * load(parts[pair] + d + v * WIDTH<T>, size - d - v * WIDTH<T>);
-        }
-        for (int v = 0; v < N; ++v) store(to + head * size + d + v * WIDTH<T>, total[v], size - d - v * WIDTH<T>);
+    for (int head = 0; head < s.comm_heads; head += TOGETHER<T>(SIZE))
+      gather_heads<SIZE>(size, to + head * size, k, [&](int64_t a) { return coefficients + a * s.comm_heads + head; },
+                         [&](int64_t a) { return parts[a * s.comm_heads + head]; });
+  }
+  // to = sum over i < count of coefficient(i)[head] * part(i), for one head or those that fill whole vectors.
+  template <int SIZE, class Coefficient, class Part_>
+  RIM_INLINE static void gather_heads(int size, T* to, int64_t count, const Coefficient& coefficient, const Part_& part) {
+    constexpr int N = SIZE ? TOGETHER<T>(SIZE) * SIZE / WIDTH<T> : 1;
+    size = SIZE ? N * WIDTH<T> : size;
+    for (int d = 0; d < size; d += N * WIDTH<T>) {
+      Vec<T> total[N] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const T *of_heads = coefficient(i), *from = part(i) + d;
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) total[v] += spread<T, SIZE>(of_heads, v) * load(from + v * WIDTH<T>, size - d - v * WIDTH<T>);
       }
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) store(to + d + v * WIDTH<T>, total[v], size - d - v * WIDTH<T>);
+    }
   }
 #undef RIM_PER_LENGTH
 
@@ -609,6 +612,9 @@ struct Block {
         const int i = rows_[r];
         gather(i, j, before[i] + j * p, problem.saved.attention + (position(i) * k + slot[j * most + r]) * H, panel.a(r));
         copy(s.projected ? project_.b(r) : state + r * ld_state, dh + (i * n + j) * p, p);
+        const int64_t at = position(i) * k + slot[j * most + r];
+        fetch(problem.saved.gates + at * 4 * u, 4 * u);
+        if (s.lstm) fetch(problem.saved.cell + at * u, u);
       }
       if (s.projected) multiply(count, project_.b(0), project_.ld_b, W.unit_t[j].project, state, ld_state);
       for (int r = 0; r < count; ++r) {

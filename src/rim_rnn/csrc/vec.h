@@ -76,9 +76,13 @@ RIM_INLINE void store(double* p, Vec<double> v, int left) { RIM_WHOLE(double) ? 
 RIM_INLINE __m256i mask(const float*, int left) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 RIM_INLINE __m256i mask(const double*, int left) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(left), _mm256_setr_epi64x(0, 1, 2, 3)); }
 RIM_INLINE Vec<float> load(const float* p, int left) { return left >= 8 ? load(p) : (Vec<float>)_mm256_maskload_ps(p, mask(p, left)); }
-RIM_INLINE void store(float* p, Vec<float> v, int left) { left >= 8 ? store(p, v) : _mm256_maskstore_ps(p, mask(p, left), (__m256)v); }
+RIM_INLINE void store(float* p, Vec<float> v, int left) {  // half a vector, as most sizes leave it, without a mask, which takes AMD's processors long
+  left >= 8 ? store(p, v) : left == 4 ? _mm_storeu_ps(p, _mm256_castps256_ps128((__m256)v)) : _mm256_maskstore_ps(p, mask(p, left), (__m256)v);
+}
 RIM_INLINE Vec<double> load(const double* p, int left) { return left >= 4 ? load(p) : (Vec<double>)_mm256_maskload_pd(p, mask(p, left)); }
-RIM_INLINE void store(double* p, Vec<double> v, int left) { left >= 4 ? store(p, v) : _mm256_maskstore_pd(p, mask(p, left), (__m256d)v); }
+RIM_INLINE void store(double* p, Vec<double> v, int left) {
+  left >= 4 ? store(p, v) : left == 2 ? _mm_storeu_pd(p, _mm256_castpd256_pd128((__m256d)v)) : _mm256_maskstore_pd(p, mask(p, left), (__m256d)v);
+}
 #else
 template <class T>
 RIM_INLINE Vec<T> load(const T* p, int left) {
@@ -117,29 +121,60 @@ RIM_INLINE T sum(Vec<T> v) {
     return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
-// The sums of WIDTH vectors, as one vector: pairs are folded into halves, quarters, and so on.
+// The sums of WIDTH parts of vectors, as one vector; each of the vectors has PARTS of them, one behind the other.
 #if defined(__clang__)
-template <class T>
+template <class T, int PARTS = 1>
 RIM_INLINE Vec<T> sums(Vec<T>* v) {
+  constexpr int size = WIDTH<T> / PARTS;
   Vec<T> all{};
-  for (int i = 0; i < WIDTH<T>; ++i) all[i] = sum<T>(v[i]);
+  for (int i = 0; i < WIDTH<T>; ++i)
+    for (int lane = 0; lane < size; ++lane) all[i] += v[i / PARTS][i % PARTS * size + lane];
   return all;
 }
 #else
-template <class T, int HALF = WIDTH<T> / 2>
+// Pairs of vectors are folded into halves, quarters, and so on.
+template <class T, int PARTS = 1, int HALF = WIDTH<T> / PARTS / 2>
 RIM_INLINE Vec<T> sums(Vec<T>* v) {
-  IVec<T> first{}, other{};
+  IVec<T> first{}, other{}, order{};
   for (int i = 0; i < WIDTH<T>; ++i) {
     first[i] = i % (2 * HALF) < HALF ? -1 : 0;
     other[i] = first[i] ? i + HALF : i - HALF + WIDTH<T>;
+    order[i] = i % PARTS * (WIDTH<T> / PARTS) + i / PARTS;
   }
   for (int i = 0; i < HALF; ++i) v[i] = (first ? v[i] : v[i + HALF]) + __builtin_shuffle(v[i], v[i + HALF], other);
-  if constexpr (HALF == 1)
-    return v[0];
+  if constexpr (HALF > 1)
+    return sums<T, PARTS, HALF / 2>(v);
   else
-    return sums<T, HALF / 2>(v);
+    return PARTS > 1 ? __builtin_shuffle(v[0], order) : v[0];
 }
 #endif
+
+// The fewest heads of a size that fill whole vectors, where the size is a multiple of 4; else 1.
+template <class T>
+constexpr int TOGETHER(int size) {
+  int heads = 1;
+  while (size % 4 == 0 && heads * size % WIDTH<T>) heads *= 2;
+  return heads;
+}
+// What the lanes of vector v are multiplied with where heads of SIZE lie one behind the other from the first vector on: the
+// coefficient of each lane's head. SIZE 0: of one head.
+template <class T, int SIZE>
+RIM_INLINE Vec<T> spread(const T* coefficients, int v) {
+  if constexpr (SIZE == 0 || SIZE % WIDTH<T> == 0) {
+    return fill<T>(coefficients[0]);
+  } else {
+    IVec<T> head{};
+    for (int i = 0; i < WIDTH<T>; ++i) head[i] = (v * WIDTH<T> + i) / SIZE;
+    const Vec<T> of_heads = load(coefficients);
+#if defined(__clang__)
+    Vec<T> all{};
+    for (int i = 0; i < WIDTH<T>; ++i) all[i] = of_heads[head[i]];
+    return all;
+#else
+    return __builtin_shuffle(of_heads, head);
+#endif
+  }
+}
 
 template <class T>
 RIM_INLINE T dot(const T* a, const T* b, int size) {
@@ -150,6 +185,11 @@ RIM_INLINE T dot(const T* a, const T* b, int size) {
 template <class T>
 RIM_INLINE void copy(T* to, const T* from, int size) {
   each_vector<T>(size, [&](int d, int left) { store(to + d, load(from + d, left), left); });
+}
+// Soon to be read: nothing has been read from there for a long time, and it takes as long to come from memory.
+template <class T>
+RIM_INLINE void fetch(const T* from, int64_t size) {
+  for (int64_t d = 0; d < size; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + d);
 }
 template <class T>
 RIM_INLINE void zero(T* to, int64_t size) {
