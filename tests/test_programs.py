@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from rim_rnn import RIM, RIMCell, native, readable
+from rim_rnn import RIM, RIMCell, native, operator
 
 needs_native = pytest.mark.skipif(native._unavailable is not None, reason=str(native._unavailable))
 SMALL: dict[str, Any] = {
@@ -253,8 +253,8 @@ def nodes_of(tensors: list[Tensor]) -> int:
 def test_gradients_of_gradients_cost_the_same_for_every_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop of a cell, outputs fed back: one readable step for each, and as many nodes, whatever went before."""
     cell, ran = a_cell(kind, 4 if kind == "proj" else 8, 8), []
-    run = readable.run
-    monkeypatch.setattr(readable, "run", lambda *args: ran.append(1) or run(*args))  # type: ignore[func-returns-value]
+    run = operator.run
+    monkeypatch.setattr(operator, "run", lambda *args: ran.append(1) or run(*args))  # type: ignore[func-returns-value]
     nodes = []
     for steps in (2, 4, 8):
         state = first_state(cell, 1)
