@@ -71,7 +71,7 @@ demo: before-demo $(VENV)/examples $(VENV)/operator
 before-demo:
 	@echo "=== make demo: trains a RIM and an nn.LSTM on digits that ship with the examples, and draws what came of it."
 	@echo "    Four minutes on two cores, of which the first time half are setting up $(VENV):"
-	@echo "    it downloads torch and what the examples need, 1 GB on a disk; on Linux 5 GB, with CUDA, unless pip was told otherwise:"
+	@echo "    it downloads torch and what the examples need, 1.1 GB of disk; on Linux 4.5 GB more, for CUDA, unless:"
 	@echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 
 lint: setup
