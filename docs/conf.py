@@ -96,7 +96,10 @@ html_theme_options = {
 def equation(translator, node):
     """MathML, which browsers draw by themselves: the pages load nothing from elsewhere, and open from a disk."""
     block = isinstance(node, nodes.math_block)
-    mathml = convert(node.astext(), display="block" if block else "inline")
+    latex = node.astext().replace("{aligned}", "{align*}")  # the converter has this name alone
+    mathml = convert(latex, display="block" if block else "inline")
+    if "<mi>&</mi>" in mathml:
+        raise ValueError(f"latex2mathml does not know an environment of: {latex}")
     translator.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
     raise nodes.SkipNode
 
