@@ -211,7 +211,17 @@ def test_default_sizes_go_by_the_unit(unit: int, value_size_input: int, comm: in
 
 @pytest.mark.parametrize(
     ("input_size", "hidden_size", "num_layers"),
-    [(64, 64, 1), (64, 128, 1), (32, 128, 1), (16, 64, 1), (128, 128, 2), (200, 200, 2), (64, 256, 1), (1, 120, 1)],
+    [
+        (64, 64, 1),
+        (64, 128, 1),
+        (64, 128, 2),
+        (32, 128, 1),
+        (16, 64, 1),
+        (128, 128, 2),
+        (200, 200, 2),
+        (64, 256, 1),
+        (1, 120, 1),
+    ],
 )
 def test_a_default_layer_is_no_fifth_larger_than_the_lstm(input_size: int, hidden_size: int, num_layers: int) -> None:
     def count(layer: Any) -> int:

@@ -1,7 +1,8 @@
 """What sizes of keys, values and heads cost in quality: rules for a layer's sizes side by side, and `nn.LSTM` beside them.
 
     python quality.py                                # everything, or what is not finished of it
-    python quality.py --tasks policy digits --rules "values from u" LSTM
+    python quality.py --runs results/quality --write PAGE    # the table of what there is
+    python quality.py --tasks policy --rules "values from u" LSTM
 
 A rule says the sizes of a layer by `u`, the state size of one unit; all of them agree at the paper's 100. Digits and copying
 are trained by train.py, the other tasks here: a character model, and the gallery's forecaster and policy. The policy needs
@@ -11,6 +12,7 @@ are trained by train.py, the other tasks here: a character model, and the galler
 import argparse
 import itertools
 import math
+import os
 import subprocess
 import sys
 import time
@@ -18,18 +20,23 @@ from argparse import Namespace
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import checkpoint
 import numpy as np
 import torch
+from report import markdown
 from study import flags
+from study_report import origin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train import describe
 
 from rim_rnn import RIM
+
+sys.path.append(str(Path(__file__).parents[1]))
+from common import put
 
 HERE = Path(__file__).parent
 SEEDS = [0, 1, 2]
@@ -228,8 +235,34 @@ def train_studied(task: str, rule: str, seed: int, folder: Path) -> None:
     own = {"model": "LSTM"} if rule == LSTM else {"num_units": units, **RULES[rule](u)}
     given = {"task": kind, "hidden_size": units * u, **given, **own, "seed": seed, "log_dir": str(folder), "loadsaved": True}
     if kind == "sequential_mnist":
-        given["data_dir"] = str(HERE / "digits")
+        given["data_dir"] = os.path.relpath(HERE / "digits")
     subprocess.run([sys.executable, str(HERE / "train.py"), *flags(given)], check=True, stdout=subprocess.DEVNULL)
+
+
+MEASURES = {  # what is shown of a task: its title, the measure in the log and for study's tasks the size, its factor, digits
+    "policy": [("policy, reward", "reward", "", 1, 2)],
+    "forecaster": [("forecaster, error", "error", "", 1, 1)],
+    "characters": [("characters, bits", "held out", "", 1, 2)],
+    "copying": [("copying 10, loss", "test_loss", "10", 1, 2), ("copying 20", "test_loss", "20", 1, 2)],
+    "many units": [("8 units, 14x14, %", "test_accuracy", "14", 100, 1)],
+    "digits": [(f"{size}x{size}, %", "test_accuracy", str(size), 100, 1) for size in (14, 16, 19, 24)],
+}
+
+
+def table(runs: Path) -> str:
+    """A line for each rule: mean, standard deviation where there are several seeds, and in brackets how many."""
+    rows = [["sizes", *(title for task in ALL_TASKS for title, *_ in MEASURES[task])]]
+    for rule in [*RULES, LSTM]:
+        row = [rule]
+        for task in ALL_TASKS:
+            logs = [log for log in (read(runs, task, rule, seed) for seed in range(5)) if log]
+            for _, name, size, factor, digits in MEASURES[task]:
+                values = [factor * (log[-1][name][size] if size else log[-1][name]) for log in logs]
+                spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+                row.append(f"{mean(values):.{digits}f}{spread} ({len(values)})" if values else "")
+        rows.append(row)
+    headers = [read(runs, task, rule, seed) for task in ALL_TASKS for rule in [*RULES, LSTM] for seed in range(5)]
+    return markdown(rows) + "\n\n" + origin([log[0] for log in headers if log])
 
 
 def main() -> None:
@@ -240,7 +273,11 @@ def main() -> None:
     add("--tasks", nargs="+", choices=ALL_TASKS, default=ALL_TASKS, metavar="TASK", help=f"of {', '.join(ALL_TASKS)}")
     add("--rules", nargs="+", choices=rules, default=rules, metavar="RULE", help=f"of {', '.join(rules)}")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="(default: 0 1 2)")
+    add("--write", type=Path, metavar="PAGE", help="put the table of the logs into this page, and train nothing")
     args = parser.parse_args()
+    if args.write:
+        args.write.write_text(put(args.write.read_text(), {"sizes": table(args.runs)}, "examples/study/quality.py"))
+        return
     for task, seed, rule in itertools.product(args.tasks, args.seeds, args.rules):
         if not read(args.runs, task, rule, seed):
             train = train_studied if task in STUDIED else train_here
