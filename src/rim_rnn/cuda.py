@@ -1,0 +1,374 @@
+"""The fast path on a GPU: a chunk of steps of one cell in one kernel, forward and backward (``cusrc/scan.cu``).
+
+What depends on ``x`` alone is multiplied out for all steps of a chunk at once, then a kernel runs through them. For the way back
+large products compute again what the kernel needs of each step, and sum up the gradients of the weights after it. All of that is
+in float32; the readable path stays the definition.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rim_rnn.driver import Layout, Machine, Sizes, launch, lay_out, pad4
+
+ROWS_AT_ONCE = 2048
+"""A chunk has as many steps as have about so many rows, for what is computed for all of them takes memory."""
+
+
+def scan_sizes(tensors: Sequence[Any], sizes: Sequence[Any]) -> Sizes:
+    """What the kernels of a call are compiled for, from the arguments of the operator."""
+    _, _, c, query, *_ = tensors
+    weight_ih, weight_hr, (_, show, tell, _) = tensors[9], tensors[13], tensors[14:18]
+    _, k, heads, comm_heads, bounded, _ = sizes
+    key, value = (show.size(2) // comm_heads, tell.size(2) // comm_heads) if comm_heads else (1, 1)
+    u = weight_ih.size(2) // (3 if c is None else 4)
+    n, p, _ = query.shape
+    return Sizes(n, k, u, p, heads, comm_heads, key, value, c is not None, weight_hr is not None, bounded)
+
+
+class Kept(NamedTuple):
+    """What backward needs beside inputs and outputs, of the ``M`` rows of all steps."""
+
+    won: Tensor  # (M, n), bool
+    scores: Tensor  # (M, n, heads)
+    cells: Tensor | None  # c after each step, (M, n, u); LSTM only
+    tilde: Tensor | None  # h~, (M, n, p); with communication only, else it is the output
+
+
+class Chunk(NamedTuple):
+    """Some steps in a row, and their rows in packed order."""
+
+    first_step: int
+    last_step: int
+    first: int
+    last: int
+
+    def of(self, rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows[self.first : self.last]
+
+
+def by_unit(a: Tensor, weight: Tensor) -> Tensor:
+    """``(M, n, i)``, ``(n, i, o)`` -> ``(M, n, o)``."""
+    out = a.new_empty(a.size(0), a.size(1), weight.size(2))
+    torch.bmm(a.transpose(0, 1), weight, out=out.transpose(0, 1))
+    return out
+
+
+def padded(weight: Tensor | None) -> Tensor | None:
+    """With rows at multiples of 16 bytes, as the kernels read it."""
+    return None if weight is None else F.pad(weight, (0, pad4(weight.size(-1)) - weight.size(-1))).contiguous()
+
+
+def turned(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else padded(weight.transpose(1, 2))
+
+
+class Scan:
+    """One call of the operator: its tensors in the order of the schema, in float32, and its sizes.
+
+    Axes are those of the readable path, but rows come first: ``M`` rows of all steps, or of a chunk of them.
+    """
+
+    def __init__(self, machine: Machine, tensors: Sequence[Any], sizes: Sequence[Any]) -> None:
+        x, h, c, *parameters = (t if t is None else t.contiguous() for t in tensors)
+        self.query, self.query_bias, self.key, self.key_bias, self.value, self.value_bias, *rest = parameters
+        self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, *rest = rest
+        ask, show, tell, self.weight_output, self.keep_input, self.keep_comm = rest
+        self.machine, self.sizes = machine, scan_sizes(tensors, sizes)
+        self.n, self.u, self.p, self.heads = self.sizes.n, self.sizes.u, self.sizes.p, self.sizes.heads
+        self.x, self.h = x.view(-1, x.size(-1)), h.view(-1, self.n, self.p)
+        self.c = None if c is None else c.view(-1, self.n, self.u)
+        batch_sizes, *_, self.reverse = sizes
+        self.present = list(batch_sizes) or [self.h.size(0)] * x.size(0)  # rows at each step
+        self.starts = [sum(self.present[:t]) for t in range(len(self.present) + 1)]
+        self.starts_there = x.new_tensor(self.starts, dtype=torch.int64) if batch_sizes else None
+        layout = lay_out(self.sizes, self.h.size(0), machine.limits(x.device))
+        if isinstance(layout, str):
+            raise RuntimeError(f"rim_rnn: {layout}")
+        self.layout: Layout = layout
+        self.bias, self.weight_talk = self._bias(), None
+        if ask is not None:  # of one head after the other: Communication.stacked_weights
+            by_head = (w.view(self.n, self.p, self.sizes.comm_heads, -1) for w in (ask / self.comm_root, show, tell))
+            self.weight_talk = torch.cat([*by_head], -1).flatten(2)
+        # The read's part of the gates is, for each head, a_input * (features W). Features are the value; or [x | 1] where it is
+        # cheaper to multiply W^v and W_ih out first, or where each head has a value of its own.
+        size_x, size_value, size_gates = self.x.size(1), self.value.size(0), self.n * self.sizes.gates
+        self.folded = self.heads > 1 or size_x * size_gates <= size_value * (size_x + size_gates)
+        by_head_ih = self.weight_ih.view(self.n, self.heads, -1, self.sizes.gates)
+        self.weight_ih_by_head = by_head_ih
+        folded = torch.einsum("hvx,nhvg->xnhg", self._value1(), by_head_ih) if self.folded else by_head_ih.permute(2, 0, 1, 3)
+        self.weight_read = folded.flatten(1)  # (features, n*heads*G*u)
+
+    @property
+    def comm_root(self) -> float:
+        return math.sqrt(self.sizes.comm_key)
+
+    @property
+    def input_root(self) -> float:
+        return math.sqrt(self.key.size(0) // self.heads)
+
+    def _bias(self) -> Tensor | None:
+        """Of the gates: LSTM's i f g o, GRU's r z and n's part from h and from the input, ``(n, 4*u)``."""
+        if self.bias_ih is None or self.sizes.lstm:
+            return None if self.bias_ih is None else self.bias_ih + self.bias_hh
+        alike = 2 * self.u
+        both = self.bias_ih[:, :alike] + self.bias_hh[:, :alike]
+        return torch.cat([both, self.bias_hh[:, alike:], self.bias_ih[:, alike:]], 1)
+
+    def _value1(self) -> Tensor:
+        """``[W^v | b^v]``, ``(heads, value_size, input_size + bias)``."""
+        value = self.value if self.value_bias is None else torch.cat([self.value, self.value_bias.unsqueeze(1)], 1)
+        return value.view(self.heads, -1, value.size(1))
+
+    def _from_h(self, dgates: Tensor) -> Tensor:
+        """Of a GRU's four parts those that W_hh makes."""
+        return dgates[..., : self.sizes.gates]
+
+    def _from_input(self, dgates: Tensor) -> Tensor:
+        """Those that the read makes."""
+        return dgates if self.sizes.lstm else torch.cat([dgates[..., : 2 * self.u], dgates[..., 3 * self.u :]], -1)
+
+    def chunks(self, backwards: bool) -> Iterator[Chunk]:
+        """All steps: those first that the scan comes to first, or last."""
+        bounds, starts = [0], self.starts
+        for t in range(1, len(starts)):
+            if t == len(starts) - 1 or starts[t + 1] - starts[bounds[-1]] > ROWS_AT_ONCE:
+                bounds.append(t)
+        found = [Chunk(a, b, starts[a], starts[b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return iter(found if self.reverse is backwards else found[::-1])
+
+    def time(self, chunk: Chunk) -> tuple[Any, ...]:
+        starts = None if self.starts_there is None else self.starts_there[chunk.first_step :]
+        return starts, self.h.size(0), chunk.last_step - chunk.first_step, self.reverse
+
+    # Before the scan: what depends on x alone.
+
+    def keys(self, x: Tensor) -> Tensor:
+        """``(x W^e + b^e) / sqrt(key_size)``, ``(M, heads, key_size)``."""
+        return F.linear(x, self.key, self.key_bias).div_(self.input_root).view(x.size(0), self.heads, -1)
+
+    def query_by_head(self) -> Tensor:
+        return self.query.view(self.n, self.p, self.heads, -1)
+
+    def bid_weights(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a state is multiplied with to make a score, and what is added: ``(M, n, heads, p)``, ``(M, n, heads)``."""
+        z = torch.einsum("mhd,nphd->mnhp", keys, self.query_by_head()).contiguous()
+        if self.query_bias is None:
+            return z, None
+        return z, torch.einsum("mhd,nhd->mnh", keys, self.query_bias.view(self.n, self.heads, -1)).contiguous()
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the read's weights are multiplied with."""
+        if not self.folded:
+            return F.linear(x, self.value, self.value_bias)
+        return x if self.value_bias is None else F.pad(x, (0, 1), value=1.0)
+
+    # Forward.
+
+    def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Kept | None]:
+        """Outputs ``(M, n, p)``, last states, and what backward needs if asked to ``keep`` it."""
+        rows, n = self.x.size(0), self.n
+        output, h, c = self.x.new_empty(rows, n, self.p), self.h.clone(), None if self.c is None else self.c.clone()
+        kept = None
+        if keep:
+            kept = Kept(
+                output.new_empty(rows, n, dtype=torch.bool),
+                output.new_empty(rows, n, self.heads),
+                None if c is None else output.new_empty(rows, n, self.u),
+                None if self.weight_talk is None else torch.empty_like(output),
+            )
+        won, scores, cells, tilde = kept or (None,) * 4
+        weights = padded(self.weight_hh), self.bias, *map(padded, (self.weight_hr, self.weight_talk, self.weight_output))
+        for chunk in self.chunks(backwards=False):
+            x, of = self.x[chunk.first : chunk.last], chunk.of
+            given = *self.bid_weights(self.keys(x)), self.features(x) @ self.weight_read, of(self.keep_input), of(self.keep_comm)
+            made = of(output), of(cells), of(tilde), of(scores), of(won)
+            launch(self.machine, "forward", self.layout, [*given, *weights, h, c, *made], self.time(chunk))
+        return output, h, c, kept
+
+    # Backward.
+
+    def backward(
+        self, grads: Sequence[Tensor | None], output: Tensor, kept: Kept, input_grad: bool
+    ) -> list[Tensor | None]:
+        """Gradients of the tensors of the schema but for what dropout drew, ``None`` where there is no tensor.
+
+        Args:
+            grads: Of the outputs and the last states; ``None`` counts as zero.
+        """
+        like = output.view(-1, self.n, self.p), self.h, self.c
+        grad_output, dh, dc = (g if g is None else g.contiguous().view_as(t) for g, t in zip(grads, like, strict=True))
+        dh = torch.zeros_like(self.h) if dh is None else dh.clone()
+        if self.c is not None:
+            dc = torch.zeros_like(self.c) if dc is None else dc.clone()
+        sums: dict[str, Tensor] = {}
+        dx = torch.empty_like(self.x) if input_grad else None
+        before = self.earlier(like[0], self.h)
+        cells_before = None if self.c is None else self.earlier(kept.cells, self.c)
+        weights = tuple(map(turned, (self.weight_output, self.weight_talk, self.weight_hr, self.weight_hh)))
+        for chunk in self.chunks(backwards=True):
+            old_cells = None if cells_before is None else cells_before(chunk)
+            self.backward_of(chunk, grad_output, like[0], kept, before(chunk), old_cells, weights, dh, dc, dx, sums)
+        return [dx, dh, dc, *self.gradients(sums)]
+
+    def earlier(self, rows: Tensor, first: Tensor) -> Callable[[Chunk], Tensor]:
+        """For the steps of a chunk, what the ``rows`` of a state ``(M, n, ...)`` were a step before; ``first`` at the beginning."""
+        batch, total = first.size(0), rows.size(0)
+        if self.starts_there is None:
+            by = batch if self.reverse else -batch
+
+            def shifted(chunk: Chunk) -> Tensor:
+                begin, end = chunk.first + by, chunk.last + by
+                if 0 <= begin and end <= total:
+                    return rows[begin:end]
+                return torch.cat([rows[begin:], first] if self.reverse else [first, rows[:end]])
+
+            return shifted
+        starts, steps = self.starts_there, len(self.present)
+        present, times = starts.diff(), torch.arange(steps, device=starts.device)
+        step = torch.repeat_interleave(times, present, output_size=total)
+        row, before = torch.arange(total, device=starts.device) - starts[step], step + (1 if self.reverse else -1)
+        at = before.clamp(0, steps - 1)
+        there = (before == at) & (row < present[at])
+        index, every = torch.where(there, starts[at] + row + batch, row), torch.cat([first, rows])
+        return lambda chunk: every[index[chunk.first : chunk.last]]
+
+    def backward_of(
+        self,
+        chunk: Chunk,
+        grad_output: Tensor | None,
+        output: Tensor,
+        kept: Kept,
+        before: Tensor,
+        cells_before: Tensor | None,
+        weights: tuple[Tensor | None, ...],
+        dh: Tensor,
+        dc: Tensor | None,
+        dx: Tensor | None,
+        sums: dict[str, Tensor],
+    ) -> None:
+        """A chunk: what its steps did, once more; the kernel; and the sums over its rows that are gradients of the weights."""
+        x, of, s = self.x[chunk.first : chunk.last], chunk.of, self.sizes
+        won, scores, cells, tilde = (of(part) for part in kept)
+        tilde = of(output) if tilde is None else tilde
+        keep_input, keep_comm = of(self.keep_input), of(self.keep_comm)
+        keys, features = self.keys(x), self.features(x)
+        z, _ = self.bid_weights(keys)
+        gates_x = (features @ self.weight_read).view(x.size(0), self.n, self.heads, s.gates)
+        a_input = torch.sigmoid(scores) if keep_input is None else torch.sigmoid(scores) * keep_input
+        gates = self.gates(before, (a_input.unsqueeze(-1) * gates_x).sum(2))
+        cell_output = gates[..., 3 * self.u :] * torch.tanh(cells) if s.projected else None
+        talk = attention = heard = squashed = None
+        if self.weight_talk is not None:
+            talk, attention, heard, squashed = self.communication(tilde, keep_comm)
+        dtalk, dscores = None if talk is None else torch.empty_like(talk), torch.empty_like(scores)
+        dtilde = torch.empty_like(tilde) if s.projected else None
+        launch(
+            self.machine,
+            "backward",
+            self.layout,
+            [of(grad_output), cells, cells_before, before, tilde, squashed, gates, talk, attention, z, gates_x, scores, won,
+             keep_input, keep_comm, *weights, dh, dc, dtalk, dtilde, dscores],
+            self.time(chunk),
+        )  # fmt: skip
+        dgates, dmessage = gates, squashed  # the kernel wrote them there
+
+        def add(name: str, value: Tensor) -> None:
+            sums[name] = sums[name] + value if name in sums else value
+
+        def add_product(name: str, a: Tensor, b: Tensor) -> None:
+            """Sums over rows: ``(M, n, i)``, ``(M, n, o)`` -> ``(n, i, o)``."""
+            add(name, torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1)))
+
+        add_product("weight_hh", before, self._from_h(dgates))
+        if self.bias is not None:
+            add("bias", dgates.sum(0))
+        if s.projected:
+            add_product("weight_hr", cell_output, dtilde)
+        if talk is not None:
+            add_product("talk", tilde, dtalk)
+            add_product("output", heard, dmessage)
+        # The read, with the gradient of gates_x in the place of gates_x.
+        dread = torch.mul(a_input.unsqueeze(-1), self._from_input(dgates).unsqueeze(2), out=gates_x).flatten(1)
+        add("read", features.t() @ dread)
+        if dx is not None or not self.folded:
+            dfeatures = dread @ self.weight_read.t()
+        if not self.folded:
+            add("value", dfeatures.t() @ x)
+            if self.value_bias is not None:
+                add("value_bias", dfeatures.sum(0))
+        # The bids: score = query . key.
+        queries = by_unit(before, self.query) if self.query_bias is None else by_unit(before, self.query) + self.query_bias
+        dqueries = (dscores.unsqueeze(-1) * keys.unsqueeze(1)).flatten(2)
+        dkeys = (dscores.unsqueeze(-1) * queries.view(*scores.shape, -1)).sum(1).flatten(1) / self.input_root
+        add_product("query", before, dqueries)
+        add("key", dkeys.t() @ x)
+        if self.query_bias is not None:
+            add("query_bias", dqueries.sum(0))
+            add("key_bias", dkeys.sum(0))
+        if dx is not None:
+            through_value = dfeatures[:, : x.size(1)] if self.folded else dfeatures @ self.value
+            torch.add(through_value, dkeys @ self.key, out=of(dx))
+
+    def gates(self, before: Tensor, read: Tensor) -> Tensor:
+        """After their activation, as ``csrc/problem.h`` keeps them: i f g o, or r z n and W_hn h + b_hn, ``(M, n, 4*u)``."""
+        from_h, u = by_unit(before, self.weight_hh), self.u
+        if self.sizes.lstm:
+            gates = from_h.add_(read)
+            gates = gates if self.bias is None else gates.add_(self.bias)
+            return torch.cat([gates[..., : 2 * u].sigmoid(), gates[..., 2 * u : 3 * u].tanh(), gates[..., 3 * u :].sigmoid()], -1)
+        if self.bias is not None:
+            from_h, read = from_h.add_(self._from_h(self.bias)), read.clone()
+            read[..., 2 * u :] += self.bias[:, 3 * u :]
+        reset_update = torch.sigmoid(from_h[..., : 2 * u] + read[..., : 2 * u])
+        candidate = torch.tanh(read[..., 2 * u :] + reset_update[..., :u] * from_h[..., 2 * u :])
+        return torch.cat([reset_update, candidate, from_h[..., 2 * u :]], -1)
+
+    def communication(self, tilde: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``(M, n, talk)``; attention ``(M, heads, n, n)``; what was heard; the message, squashed."""
+        assert self.weight_talk is not None and self.weight_output is not None
+        s = self.sizes
+        talk = by_unit(tilde, self.weight_talk)
+        by_head = talk.view(*talk.shape[:2], s.comm_heads, -1).transpose(1, 2)
+        query, key, value = by_head.split([s.comm_key, s.comm_key, s.comm_value], -1)
+        attention = torch.softmax(query @ key.transpose(2, 3), -1)
+        dropped = attention if keep is None else attention * keep
+        heard = (dropped @ value).transpose(1, 2).flatten(2)
+        message = by_unit(heard, self.weight_output)
+        return talk, attention, heard, message.tanh_() if s.bounded else message
+
+    def gradients(self, sums: dict[str, Tensor]) -> Iterator[Tensor | None]:
+        """Of the parameters, in the order of the schema."""
+        n, heads, s = self.n, self.heads, self.sizes
+        yield sums["query"]
+        yield sums.get("query_bias")
+        yield sums["key"]
+        yield sums.get("key_bias")
+        read = sums["read"].view(-1, n, heads, s.gates)
+        if self.folded:
+            dvalue1 = torch.einsum("nhvg,xnhg->hvx", self.weight_ih_by_head, read).flatten(0, 1)
+            yield dvalue1[:, : self.x.size(1)].contiguous()
+            yield None if self.value_bias is None else dvalue1[:, -1].contiguous()
+            yield torch.einsum("hvx,xnhg->nhvg", self._value1(), read).reshape_as(self.weight_ih)
+        else:
+            yield sums["value"]
+            yield sums.get("value_bias")
+            yield read.permute(1, 2, 0, 3).reshape_as(self.weight_ih).contiguous()
+        yield sums["weight_hh"]
+        bias = sums.get("bias")
+        yield None if bias is None else self._from_input(bias)
+        yield None if bias is None else self._from_h(bias).clone()
+        yield sums.get("weight_hr")
+        if self.weight_talk is None:
+            yield from (None,) * 4
+            return
+        talk = sums["talk"].view(n, self.p, s.comm_heads, -1)
+        ask, show, tell = (part.flatten(2).contiguous() for part in talk.split([s.comm_key, s.comm_key, s.comm_value], -1))
+        yield ask / self.comm_root
+        yield show
+        yield tell
+        yield sums["output"]
