@@ -1,4 +1,4 @@
-"""The fast path on a GPU: a chunk of steps of one cell in one kernel, forward and backward (``cusrc/scan.cu``).
+"""The fast path on a GPU: a chunk of steps of one cell in one kernel, forward and backward (``cusrc/``).
 
 What depends on ``x`` alone is multiplied out for all steps of a chunk at once, then a kernel runs through them. For the way back
 large products compute again what the kernel needs of each step, and sum up the gradients of the weights after it. All of that is
@@ -33,10 +33,32 @@ def scan_sizes(tensors: Sequence[Any], sizes: Sequence[Any]) -> Sizes:
 class Kept(NamedTuple):
     """What backward needs beside inputs and outputs, of the ``M`` rows of all steps."""
 
-    won: Tensor  # (M, n), bool
     scores: Tensor  # (M, n, heads)
     cells: Tensor | None  # c after each step, (M, n, u); LSTM only
     tilde: Tensor | None  # h~, (M, n, p); with communication only, else it is the output
+    attention: Tensor | None  # of the communication before dropout, (M, heads, n readers, n read)
+
+    @classmethod
+    def shapes(cls, s: Sizes, rows: int) -> list[tuple[int, ...] | None]:
+        """Of its members."""
+        return [
+            (rows, s.n, s.heads),
+            (rows, s.n, s.u) if s.lstm else None,
+            (rows, s.n, s.p) if s.comm_heads else None,
+            (rows, s.comm_heads, s.n, s.n) if s.comm_heads else None,
+        ]
+
+    @classmethod
+    def size(cls, s: Sizes, rows: int) -> int:
+        """Number of elements of all."""
+        return sum(math.prod(shape) for shape in cls.shapes(s, rows) if shape is not None)
+
+    @classmethod
+    def within(cls, saved: Tensor, s: Sizes, rows: int) -> "Kept":
+        """Views of one tensor that holds all."""
+        shapes = cls.shapes(s, rows)
+        parts = iter(saved.split([math.prod(shape) for shape in shapes if shape is not None]))
+        return cls(*(None if shape is None else next(parts).view(shape) for shape in shapes))
 
 
 class Chunk(NamedTuple):
@@ -169,31 +191,28 @@ class Scan:
 
     # Forward.
 
-    def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Kept | None]:
-        """Outputs ``(M, n, p)``, last states, and what backward needs if asked to ``keep`` it."""
-        rows, n = self.x.size(0), self.n
+    def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Outputs ``(M, n, p)``, last states, and if asked to ``keep`` them the winners ``(M, k)`` and :class:`Kept` in one tensor."""
+        rows, n, s = self.x.size(0), self.n, self.sizes
         output, h, c = self.x.new_empty(rows, n, self.p), self.h.clone(), None if self.c is None else self.c.clone()
-        kept = None
-        if keep:
-            kept = Kept(
-                output.new_empty(rows, n, dtype=torch.bool),
-                output.new_empty(rows, n, self.heads),
-                None if c is None else output.new_empty(rows, n, self.u),
-                None if self.weight_talk is None else torch.empty_like(output),
-            )
-        won, scores, cells, tilde = kept or (None,) * 4
+        saved = output.new_empty(Kept.size(s, rows)) if keep else None
+        won = output.new_empty(rows, n, dtype=torch.bool) if keep else None
+        scores, cells, tilde, attention = (None,) * 4 if saved is None else Kept.within(saved, s, rows)
         weights = padded(self.weight_hh), self.bias, *map(padded, (self.weight_hr, self.weight_talk, self.weight_output))
         for chunk in self.chunks(backwards=False):
             x, of = self.x[chunk.first : chunk.last], chunk.of
             given = *self.bid_weights(self.keys(x)), self.features(x) @ self.weight_read, of(self.keep_input), of(self.keep_comm)
-            made = of(output), of(cells), of(tilde), of(scores), of(won)
+            made = map(of, (output, cells, tilde, scores, attention, won))
             launch(self.machine, "forward", self.layout, [*given, *weights, h, c, *made], self.time(chunk))
-        return output, h, c, kept
+        winners = None
+        if won is not None:  # in the order of the units
+            winners = won.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : s.k].to(torch.int32).contiguous()
+        return output, h, c, winners, saved
 
     # Backward.
 
     def backward(
-        self, grads: Sequence[Tensor | None], output: Tensor, kept: Kept, input_grad: bool
+        self, grads: Sequence[Tensor | None], output: Tensor, winners: Tensor, saved: Tensor, input_grad: bool
     ) -> list[Tensor | None]:
         """Gradients of the tensors of the schema but for what dropout drew, ``None`` where there is no tensor.
 
@@ -205,14 +224,16 @@ class Scan:
         dh = torch.zeros_like(self.h) if dh is None else dh.clone()
         if self.c is not None:
             dc = torch.zeros_like(self.c) if dc is None else dc.clone()
-        sums: dict[str, Tensor] = {}
+        kept, sums = Kept.within(saved, self.sizes, self.x.size(0)), dict[str, Tensor]()
         dx = torch.empty_like(self.x) if input_grad else None
         before = self.earlier(like[0], self.h)
         cells_before = None if self.c is None else self.earlier(kept.cells, self.c)
         weights = tuple(map(turned, (self.weight_output, self.weight_talk, self.weight_hr, self.weight_hh)))
         for chunk in self.chunks(backwards=True):
             old_cells = None if cells_before is None else cells_before(chunk)
-            self.backward_of(chunk, grad_output, like[0], kept, before(chunk), old_cells, weights, dh, dc, dx, sums)
+            self.backward_of(
+                chunk, grad_output, like[0], winners, kept, before(chunk), old_cells, weights, dh, dc, dx, sums
+            )
         return [dx, dh, dc, *self.gradients(sums)]
 
     def earlier(self, rows: Tensor, first: Tensor) -> Callable[[Chunk], Tensor]:
@@ -242,6 +263,7 @@ class Scan:
         chunk: Chunk,
         grad_output: Tensor | None,
         output: Tensor,
+        winners: Tensor,
         kept: Kept,
         before: Tensor,
         cells_before: Tensor | None,
@@ -253,7 +275,7 @@ class Scan:
     ) -> None:
         """A chunk: what its steps did, once more; the kernel; and the sums over its rows that are gradients of the weights."""
         x, of, s = self.x[chunk.first : chunk.last], chunk.of, self.sizes
-        won, scores, cells, tilde = (of(part) for part in kept)
+        scores, cells, tilde, attention = map(of, kept)
         tilde = of(output) if tilde is None else tilde
         keep_input, keep_comm = of(self.keep_input), of(self.keep_comm)
         keys, features = self.keys(x), self.features(x)
@@ -262,16 +284,16 @@ class Scan:
         a_input = torch.sigmoid(scores) if keep_input is None else torch.sigmoid(scores) * keep_input
         gates = self.gates(before, (a_input.unsqueeze(-1) * gates_x).sum(2))
         cell_output = gates[..., 3 * self.u :] * torch.tanh(cells) if s.projected else None
-        talk = attention = heard = squashed = None
+        talk = heard = squashed = None
         if self.weight_talk is not None:
-            talk, attention, heard, squashed = self.communication(tilde, keep_comm)
+            talk, heard, squashed = self.communication(tilde, attention if keep_comm is None else attention * keep_comm)
         dtalk, dscores = None if talk is None else torch.empty_like(talk), torch.empty_like(scores)
         dtilde = torch.empty_like(tilde) if s.projected else None
         launch(
             self.machine,
             "backward",
             self.layout,
-            [of(grad_output), cells, cells_before, before, tilde, squashed, gates, talk, attention, z, gates_x, scores, won,
+            [of(grad_output), cells, cells_before, before, tilde, squashed, gates, talk, attention, z, gates_x, scores, of(winners),
              keep_input, keep_comm, *weights, dh, dc, dtalk, dtilde, dscores],
             self.time(chunk),
         )  # fmt: skip
@@ -328,18 +350,15 @@ class Scan:
         candidate = torch.tanh(read[..., 2 * u :] + reset_update[..., :u] * from_h[..., 2 * u :])
         return torch.cat([reset_update, candidate, from_h[..., 2 * u :]], -1)
 
-    def communication(self, tilde: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values ``(M, n, talk)``; attention ``(M, heads, n, n)``; what was heard; the message, squashed."""
+    def communication(self, tilde: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``(M, n, talk)``; what was heard, ``(M, n, w)``; and the message, squashed."""
         assert self.weight_talk is not None and self.weight_output is not None
         s = self.sizes
         talk = by_unit(tilde, self.weight_talk)
-        by_head = talk.view(*talk.shape[:2], s.comm_heads, -1).transpose(1, 2)
-        query, key, value = by_head.split([s.comm_key, s.comm_key, s.comm_value], -1)
-        attention = torch.softmax(query @ key.transpose(2, 3), -1)
-        dropped = attention if keep is None else attention * keep
-        heard = (dropped @ value).transpose(1, 2).flatten(2)
+        value = talk.view(*talk.shape[:2], s.comm_heads, -1)[..., 2 * s.comm_key :].transpose(1, 2)
+        heard = (attention @ value).transpose(1, 2).flatten(2)
         message = by_unit(heard, self.weight_output)
-        return talk, attention, heard, message.tanh_() if s.bounded else message
+        return talk, heard, message.tanh_() if s.bounded else message
 
     def gradients(self, sums: dict[str, Tensor]) -> Iterator[Tensor | None]:
         """Of the parameters, in the order of the schema."""

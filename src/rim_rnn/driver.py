@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 SOURCES = {path.name: path for path in (Path(__file__).parent / "cusrc").glob("*.cu*")}
-"""``scan.cu`` and what it includes, but for ``sizes.h``, which :meth:`Layout.text` writes."""
+"""``forward.cu``, ``backward.cu`` and what they include, but for ``sizes.h``, which :meth:`Layout.text` writes."""
 
 
 class Limits(NamedTuple):
@@ -69,7 +69,7 @@ class Layout:
     kept: tuple[str, ...] = ()  # which weights are copied to shared memory
 
     def words(self, backward: bool) -> list[int]:
-        """The members of ``ForwardMemory`` or ``BackwardMemory`` of ``scan.cu``, in words of shared memory."""
+        """The members of ``ForwardMemory`` or ``BackwardMemory`` of ``cusrc/``, in words of shared memory."""
         s, rows = self.sizes, self.rows
         matrices = {"hh": (s.p, s.gates), "hr": (s.u, s.projected * s.p), "talk": (s.p, s.talk), "output": (s.w, s.p)}
         if backward:

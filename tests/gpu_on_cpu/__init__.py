@@ -1,4 +1,4 @@
-"""The kernels of ``cusrc/scan.cu`` on a CPU, a thread for each of a GPU's: for tests of what they compute, and of their barriers."""
+"""The kernels of ``cusrc/`` on a CPU, a thread for each of a GPU's: for tests of what they compute, and of their barriers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ import torch
 from rim_rnn.driver import SOURCES, Layout, Limits
 
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wl,-Bsymbolic", "-Wall", "-Wextra", "-Werror", "-Wno-type-limits", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wl,-Bsymbolic", "-Wall", "-Wextra", "-Werror", "-Wno-type-limits", "-Wno-unknown-pragmas"]
 FLAGS += os.environ.get("RIM_RNN_SHIM_FLAGS", "").split()
 COMPILER = os.environ.get("CXX", "g++")
-RUN = """
-extern "C" void run_forward(const void* arguments) { forward(*static_cast<const ForwardArguments*>(arguments)); }
-extern "C" void run_backward(const void* arguments) { backward(*static_cast<const BackwardArguments*>(arguments)); }
-"""
+RUN = 'extern "C" void run(const void* arguments) {{ {name}(*static_cast<const {kind}Arguments*>(arguments)); }}'
 
 
 @cache
@@ -61,17 +58,18 @@ class ThreadsOfACPU:
 
     Args:
         limits: What it says of itself. Sizes with many multiprocessors take tiles of few rows.
-        source: What stands in the place of ``scan.cu``, in tests of mutants.
+        sources: What stands in the place of files of ``cusrc/``, in tests of mutants.
         at_once: How many blocks run at one time, where they are no clusters.
     """
 
     def __init__(
         self,
         limits: Limits = Limits(90, 1 << 17, 64, threads=16),  # noqa: B008 (immutable)
-        source: str | None = None,
+        sources: Mapping[str, str] | None = None,
         at_once: int = 64,
     ) -> None:
-        self._limits, self.source, self.at_once = limits, source or SOURCES["scan.cu"].read_text(), at_once
+        self._limits, self.at_once = limits, at_once
+        self.sources = {name: path.read_text() for name, path in SOURCES.items()} | dict(sources or {})
         self.launches: list[tuple[str, Layout, int]] = []
 
     def limits(self, device: torch.device) -> Limits:
@@ -79,8 +77,9 @@ class ThreadsOfACPU:
 
     def kernel(self, name: str, layout: Layout, device: torch.device) -> Any:
         grid()
-        texts = {"sizes.h": layout.text(), "device.cuh": (HERE / "device.cuh").read_text(), "scan.cpp": self.source + RUN}
-        return getattr(compiled(texts, "scan.cpp"), f"run_{name}")
+        run = RUN.format(name=name, kind=name.capitalize())
+        texts = {"sizes.h": layout.text(), "common.cuh": self.sources["common.cuh"], "device.cuh": (HERE / "device.cuh").read_text()}
+        return compiled(texts | {"kernel.cu": self.sources[f"{name}.cu"] + run}, "kernel.cu").run
 
     def resident(self, kernel: Any, layout: Layout, shared: int, device: torch.device) -> int:
         return self.at_once

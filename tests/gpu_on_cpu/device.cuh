@@ -1,8 +1,7 @@
 // What src/rim_rnn/cusrc/device.cuh has for a GPU, for threads of a CPU: one for each of a GPU's, and real barriers.
 #pragma once
 
-#include <atomic>
-#include <cmath>
+extern "C" float expf(float), tanhf(float), fmaxf(float, float), fabsf(float);  // the headers take longer than the kernels
 
 #define __device__
 #define __global__
@@ -31,8 +30,8 @@ template <class T>
 const T* in_block(const T* own, int rank) {
   return static_cast<const T*>(in_block(static_cast<const void*>(own), rank));
 }
-inline void add_release(unsigned* counter) { reinterpret_cast<std::atomic<unsigned>*>(counter)->fetch_add(1, std::memory_order_release); }
+inline void add_release(unsigned* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_RELEASE); }
 inline unsigned load_acquire(const unsigned* counter) {
   yield_to_others();
-  return reinterpret_cast<const std::atomic<unsigned>*>(counter)->load(std::memory_order_acquire);
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
 }

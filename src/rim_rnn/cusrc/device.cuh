@@ -1,4 +1,4 @@
-// What the kernels of scan.cu ask of a GPU beyond plain C++. The tests have the same names for threads of a CPU.
+// What the kernels ask of a GPU beyond plain C++. The tests have the same names for threads of a CPU.
 #pragma once
 
 __device__ __forceinline__ float* shared_memory() {
