@@ -1,19 +1,26 @@
-"""The fast path on a GPU: a chunk of steps of one cell in one kernel, forward and backward (``cusrc/``).
+"""The fast path on a GPU: some steps of one cell in one kernel, forward and backward (``cusrc/``).
 
 What depends on ``x`` alone is multiplied out for all steps of a chunk at once, then a kernel runs through them. For the way back
 large products compute again what the kernel needs of each step, and sum up the gradients of the weights after it. All of that is
-in float32; the readable path stays the definition.
+in float32, and never in TF32 unless torch.matmul is; the readable path stays the definition, and ``tests/test_cuda.py`` holds
+every output and every gradient of this one against it, on a CPU. **It has not run on a GPU yet**: it is off, and
+``RIM_RNN_CUDA=1`` turns it on.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rim_rnn.driver import Layout, Machine, Sizes, launch, lay_out, pad4
+from rim_rnn.driver import Driver, Layout, Machine, Sizes, launch, lay_out, pad4
+from rim_rnn.dynamics import State
+from rim_rnn.fast import NARROW, FastPath, is_switched_off
+from rim_rnn.operator import NUM_TENSORS, PARAMETERS, sizes_of
 
 ROWS_AT_ONCE = 2048
 """A chunk has as many steps as have about so many rows, for what is computed for all of them takes memory."""
@@ -106,7 +113,7 @@ class Scan:
         self.c = None if c is None else c.view(-1, self.n, self.u)
         batch_sizes, *_, self.reverse = sizes
         self.present = list(batch_sizes) or [self.h.size(0)] * x.size(0)  # rows at each step
-        self.starts = [sum(self.present[:t]) for t in range(len(self.present) + 1)]
+        self.starts = [*accumulate(self.present, initial=0)]
         self.starts_there = x.new_tensor(self.starts, dtype=torch.int64) if batch_sizes else None
         layout = lay_out(self.sizes, self.h.size(0), machine.limits(x.device))
         if isinstance(layout, str):
@@ -391,3 +398,155 @@ class Scan:
         yield show
         yield tell
         yield sums["output"]
+
+
+def check(tensors: Sequence[Any], sizes: Sequence[Any]) -> None:
+    """A ``RuntimeError`` that names the first tensor, or size, that does not fit the others: the kernels take them as they are."""
+
+    def fail(what: str) -> None:
+        raise RuntimeError(f"rim_rnn: {what}")
+
+    x, h, c, query, query_bias, key, _, value, _, weight_ih, *_ = tensors
+    batch_sizes, k, heads, comm_heads, _, _ = sizes
+    for name, tensor, dims, dim, by in (
+        ("input_attention.query.weight", query, 3, 1, 1),
+        ("input_attention.key.weight", key, 2, 0, heads),
+        ("input_attention.value.weight", value, 2, 0, heads),
+        ("dynamics.weight_ih", weight_ih, 3, 2, 3 if c is None else 4),
+        *[(f"communication.{part}.weight", tensors[14 + i], 3, 2, comm_heads) for i, part in enumerate(("query", "key", "value"))],
+    ):
+        if name.startswith("c") and not comm_heads:
+            continue
+        if tensor is None or tensor.dim() != dims or not tensor.numel() or by < 1 or tensor.size(dim) % by:
+            got = None if tensor is None else tuple(tensor.shape)
+            fail(f"{name} should have {dims} dimensions, of which number {dim} is a multiple of {by}, got {got}")
+    s = scan_sizes(tensors, sizes)
+    if not 1 <= k <= s.n:
+        fail(f"k should be from 1 to {s.n}, got {k}")
+    packed, bias, talks, layered = bool(batch_sizes), query_bias is not None, comm_heads > 0, h.shape[:-2]
+    batch, size, rows = h.size(-2), key.size(1), x.numel() // max(1, x.size(-1))
+    if packed and (
+        batch_sizes[0] != batch or min(batch_sizes) < 1 or sum(batch_sizes) != rows or list(batch_sizes) != sorted(batch_sizes)[::-1]
+    ):
+        fail(f"batch_sizes should begin at {batch}, never grow, and sum to {rows}, got {list(batch_sizes)}")
+    if not s.projected and s.u != s.p:
+        fail(f"unit sizes of h and c should be equal without projections, got {s.p} and {s.u}")
+    input_shape = (rows, size) if packed else (x.size(0), batch, size)
+    query_size, value_size, e = key.size(0), value.size(0), s.comm_heads * s.comm_key
+    shapes: list[tuple[bool | None, tuple[int, ...]]] = [  # whether it has to be there, or None where it may
+        *((True, input_shape), (True, (*layered, batch, s.n * s.p)), (s.lstm, (*layered, batch, s.n * s.u))),
+        *((True, (s.n, s.p, query_size)), (bias, (s.n, query_size)), (True, (query_size, size)), (bias, (query_size,))),
+        *((True, (value_size, size)), (bias, (value_size,)), (True, (s.n, value_size, s.gates)), (True, (s.n, s.p, s.gates))),
+        *((bias, (s.n, s.gates)), (bias, (s.n, s.gates)), (s.projected, (s.n, s.u, s.p))),
+        *((talks, (s.n, s.p, e)), (talks, (s.n, s.p, e)), (talks, (s.n, s.p, s.w)), (talks, (s.n, s.w, s.p))),
+        *((None, (rows, s.n, s.heads)), (None if talks else False, (rows, s.comm_heads, s.n, s.n))),
+    ]
+    names = "input", "h_0", "c_0", *PARAMETERS, "keep_input", "keep_comm"
+    for name, tensor, (there, shape) in zip(names, tensors, shapes, strict=True):
+        if there is not None and there is (tensor is None):
+            fail(f"{name} should be {'a tensor, got None' if there else 'None'}")
+        if tensor is not None and tensor.shape != shape:
+            fail(f"{name} should have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor is not None and (tensor.dtype is not torch.float32 or tensor.device != x.device):
+            fail(f"{name} should be torch.float32 on {x.device}, got {tensor.dtype} on {tensor.device}")
+
+
+# The operators.
+
+machines: dict[str, Machine] = {"cuda": Driver()}
+"""What runs the kernels on each type of device. Tests put threads of a CPU there."""
+
+
+def _is_on() -> bool:
+    wanted = os.environ.get("RIM_RNN_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise ImportError(f"RIM_RNN_CUDA should be 0, 1 or empty, got {wanted!r}")
+    return wanted == "1"
+
+
+IS_ON = _is_on()
+
+
+class _Cuda(FastPath):
+    name = "cuda"
+    names = "cuda_infer", "cuda_scan", "cuda_scan_backward"
+    options = ""
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type in machines
+
+    def declines(self, input: Tensor) -> str | None:
+        if not self.serves(input.device):
+            return f"the input is on {input.device}, not on a GPU"
+        if not IS_ON:
+            return "the kernels for GPUs have been checked on a CPU only, and RIM_RNN_CUDA=1 turns them on"
+        if is_switched_off():
+            return "switched off"
+        if torch.compiler.is_compiling():
+            return "torch.compile is at work, which the kernels for GPUs leave to the readable path"
+        if input.dtype not in (torch.float32, *NARROW):
+            return f"the input is {input.dtype}, and the kernels compute in float32"
+        return machines[input.device.type].unavailable(input.device)
+
+    def parameters(self, cell: Any, input: Tensor, state: State) -> list[Tensor | None] | str:
+        found = super().parameters(cell, input, state)
+        if isinstance(found, str):
+            return found
+        c = None if cell.rnn_cell == "GRU" else input
+        sizes = scan_sizes([input, input, c, *found, None, None], sizes_of(cell, None, False))
+        layout = lay_out(sizes, 1, machines[input.device.type].limits(input.device))
+        return layout if isinstance(layout, str) else found
+
+    def told(self, input: Tensor) -> tuple[Any, ...]:
+        return ()
+
+    def size_saved(self, rows: int, n: int, p: int, u: int, lstm: bool, k: int, heads: int, talk: int, bounded: bool) -> int:
+        return Kept.size(Sizes(n, k, u, p, heads, talk, 1, 1, lstm, p != u, bounded), rows)
+
+    def heard(self, saved: Tensor, winners: Tensor, n: int, talk: int) -> Tensor:
+        rows, k = winners.shape
+        attention = saved[saved.numel() - rows * talk * n * n :].view(rows, talk, n, n)  # the last of Kept
+        return attention.gather(2, winners.long().view(rows, 1, k, 1).expand(rows, talk, k, n))
+
+
+def _call(arguments: Sequence[Any]) -> Scan:
+    tensors, sizes = arguments[:NUM_TENSORS], arguments[NUM_TENSORS:]
+    check(tensors, sizes)
+    return Scan(machines[tensors[0].device.type], tensors, sizes)
+
+
+def _infer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(arguments, keep=False)[:3]
+
+
+def _scan(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward(arguments, keep=True)
+
+
+def _forward(arguments: Sequence[Any], keep: bool) -> Any:
+    x, h, c, *_ = arguments
+    with torch.autocast(x.device.type, enabled=False):
+        scan = _call(arguments)
+        output, h_n, c_n, *kept = scan.forward(keep)
+    c_n = x.new_empty(0, scan.n * scan.u) if c_n is None else c_n.view_as(c)
+    return output.view(*x.shape[:-1], -1), h_n.view_as(h), c_n, *kept
+
+
+def _scan_backward(*arguments: Any) -> list[Tensor]:
+    *grads, output, winners, saved, input_grad = arguments[:7]
+    tensors = arguments[7 : 7 + NUM_TENSORS]
+    with torch.autocast(output.device.type, enabled=False):
+        found = _call(arguments[7:]).backward(grads, output, winners, saved, input_grad)
+    found[0] = output.new_empty(0) if found[0] is None else found[0]
+    return [g.view_as(t) if g.numel() else g for g, t in zip(found, tensors, strict=False) if g is not None]
+
+
+def _define() -> None:
+    for (name, schema), function in zip(OPERATOR.schemas().items(), (_infer, _scan, _scan_backward), strict=True):
+        torch.library.define(f"rim_rnn::{name}", schema)
+        torch.library.impl(f"rim_rnn::{name}", "CompositeExplicitAutograd", function)
+
+
+OPERATOR = _Cuda()
+OPERATOR.register(_define)
+scan, supports = OPERATOR.scan, OPERATOR.supports

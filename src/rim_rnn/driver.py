@@ -4,10 +4,17 @@ Nothing here is loaded or compiled before a layer first asks for it.
 """
 
 import ctypes
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -143,16 +150,19 @@ def lay_out(sizes: Sizes, batch: int, limits: Limits) -> Layout | str:
 class Machine(Protocol):
     """What runs the kernels: CUDA's driver, or in tests the threads of a CPU."""
 
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it can not, or ``None``."""
+
     def limits(self, device: torch.device) -> Limits: ...
 
     def kernel(self, name: str, layout: Layout, device: torch.device) -> Any:
         """``forward`` or ``backward``, compiled for this layout."""
 
     def resident(self, kernel: Any, layout: Layout, shared: int, device: torch.device) -> int:
-        """How many blocks of it the device runs at one time."""
+        """How many blocks of it the device runs at one time, with so many bytes of ``shared`` memory each."""
 
     def launch(
-        self, kernel: Any, layout: Layout, blocks: int, shared: int, arguments: "ctypes.Array[ctypes.c_uint64]", device: torch.device
+        self, kernel: Any, layout: Layout, blocks: int, shared: int, arguments: "ctypes.Array[Any]", device: torch.device
     ) -> None:
         """Start so many blocks of it, on the device's current stream."""
 
@@ -175,3 +185,212 @@ def launch(machine: Machine, name: str, layout: Layout, arguments: Sequence[Any]
     words = [*arguments, said, met, *time, tiles]
     numbers = [0 if word is None else word.data_ptr() if isinstance(word, torch.Tensor) else int(word) for word in words]
     machine.launch(kernel, layout, circles * n, shared, (ctypes.c_uint64 * len(numbers))(*numbers), device)
+
+
+class Compiler:
+    """NVRTC, which torch for CUDA brings, and the kernels that it compiled, on disk.
+
+    They are kept where torch keeps its own: in ``PYTORCH_KERNEL_CACHE_PATH``, or ``torch/kernels`` in the user's folder for
+    caches, unless ``USE_PYTORCH_KERNEL_CACHE=0``.
+
+    Raises:
+        OSError: There is no NVRTC. The message says where it was looked for.
+    """
+
+    def __init__(self) -> None:
+        found = [path for folder in library_folders() for path in sorted(folder.glob("libnvrtc.so*"))]
+        if not found:
+            raise OSError(f"NVRTC is in none of {', '.join(map(str, library_folders())) or 'the folders of nvidia'}")
+        library = found[-1]
+        for builtins in library.parent.glob("libnvrtc-builtins.so*"):
+            ctypes.CDLL(str(builtins))  # NVRTC looks for it by its name alone
+        self.library = ctypes.CDLL(str(library))
+        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        self.version = f"{major.value}.{minor.value}"
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        failed = getattr(self.library, name)(*arguments)
+        if failed:
+            raise RuntimeError(f"rim_rnn: {name} failed: {self.library.nvrtcGetErrorString(failed).decode()}")
+
+    def architectures(self) -> list[int]:
+        """Those that it can compile for."""
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        found = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", found)
+        return list(found)
+
+    def compile(self, name: str, layout: Layout, architecture: int, *options: str) -> tuple[bytes, str]:
+        """A kernel as a cubin, and what NVRTC says of it."""
+        texts = {"sizes.h": layout.text()} | {file: path.read_text() for file, path in SOURCES.items()}
+        source = texts.pop(f"{name}.cu").encode()
+        named, written = list(texts), [text.encode() for text in texts.values()]
+        given = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *options]
+
+        def strings(values: Sequence[Any]) -> Any:
+            return (ctypes.c_char_p * len(values))(*(v if isinstance(v, bytes) else v.encode() for v in values))
+
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        self._call(
+            *("nvrtcCreateProgram", ctypes.byref(program), source, f"{name}.cu".encode()),
+            *(len(named), strings(written), strings(named)),
+        )
+        try:
+            failed = self.library.nvrtcCompileProgram(program, len(given), strings(given))
+            self._call("nvrtcGetProgramLogSize", program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            self._call("nvrtcGetProgramLog", program, log)
+            if failed:
+                raise RuntimeError(f"rim_rnn: nvrtcCompileProgram failed:\n{log.value.decode()}")
+            self._call("nvrtcGetCUBINSize", program, ctypes.byref(size))
+            cubin = ctypes.create_string_buffer(size.value)
+            self._call("nvrtcGetCUBIN", program, cubin)
+        finally:
+            self._call("nvrtcDestroyProgram", ctypes.byref(program))
+        return cubin.raw, log.value.decode()
+
+    def cubin(self, name: str, layout: Layout, architecture: int) -> bytes:
+        """The same from disk, if it was compiled before."""
+        folder = cache_folder()
+        if folder is None:
+            return self.compile(name, layout, architecture)[0]
+        texts = [path.read_text() for _, path in sorted(SOURCES.items())]
+        key = hashlib.sha256(repr((name, layout.text(), architecture, self.version, texts)).encode()).hexdigest()
+        kept = folder / f"rim_rnn_{key[:40]}.cubin"
+        try:
+            digest, cubin = kept.read_bytes()[:32], kept.read_bytes()[32:]
+            if hashlib.sha256(cubin).digest() == digest:
+                return cubin
+        except OSError:
+            pass
+        cubin = self.compile(name, layout, architecture)[0]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+                file.write(hashlib.sha256(cubin).digest() + cubin)
+            Path(file.name).replace(kept)  # whole, or not at all
+        except OSError:  # a folder that nobody can write to
+            pass
+        return cubin
+
+
+def library_folders() -> list[Path]:
+    """Where NVRTC may be, of the version that torch is for, if it is for one."""
+    nvidia = importlib.util.find_spec("nvidia")
+    places = [Path(place) for place in (nvidia.submodule_search_locations or ()) if nvidia] if nvidia else []
+    places = [*(place / "cuda_nvrtc" / "lib" for place in places), *(f for place in places for f in place.glob("cu*/lib"))]
+    return [place for place in places if any(place.glob("libnvrtc.so*"))]
+
+
+def cache_folder() -> Path | None:
+    """Where torch keeps kernels that it compiles; ``None`` where it keeps none."""
+    if os.environ.get("USE_PYTORCH_KERNEL_CACHE") == "0":
+        return None
+    if named := os.environ.get("PYTORCH_KERNEL_CACHE_PATH"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch" / "kernels"
+
+
+class LaunchAttribute(ctypes.Structure):
+    _fields_: ClassVar = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+COOPERATIVE, CLUSTER_DIMENSION = 2, 4  # CUlaunchAttributeID
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+
+
+class Driver:
+    """The machine of ``torch.cuda``. It loads its libraries when it is first asked, and compiles a kernel when it first needs it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._kernels: dict[tuple[int, str, Layout], ctypes.c_void_p] = {}
+
+    @cached_property
+    def compiler(self) -> Compiler | str:
+        try:
+            return Compiler()
+        except OSError as error:
+            return str(error)
+
+    @cached_property
+    def library(self) -> ctypes.CDLL:
+        return ctypes.CDLL("libcuda.so.1")
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        failed = getattr(self.library, name)(*arguments)
+        if failed:
+            what = ctypes.c_char_p()
+            self.library.cuGetErrorString(failed, ctypes.byref(what))
+            text = (what.value or b"unknown error").decode()
+            kind = torch.OutOfMemoryError if failed == 2 else torch.AcceleratorError
+            raise kind(f"rim_rnn: {name} failed with CUDA error {failed}: {text}")
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if torch.version.hip is not None:
+            return "the kernels are for CUDA, and this torch is for ROCm"
+        if sys.platform != "linux":
+            return "the kernels have been built for Linux alone"
+        with self._lock:
+            compiler = self.compiler
+        if isinstance(compiler, str):
+            return compiler
+        architecture = self.limits(device).architecture
+        if architecture < 80:
+            return f"the device has compute capability {architecture / 10}, the kernels need 8.0"
+        if architecture not in compiler.architectures():
+            return f"NVRTC {compiler.version} does not know compute capability {architecture / 10}"
+        return None
+
+    @cache  # noqa: B019 (there is one, and it stays)
+    def limits(self, device: torch.device) -> Limits:
+        of = torch.cuda.get_device_properties(device)
+        return Limits(of.major * 10 + of.minor, of.shared_memory_per_block_optin, of.multi_processor_count)
+
+    def kernel(self, name: str, layout: Layout, device: torch.device) -> Any:
+        key = (torch.cuda._get_device_index(device, optional=True), name, layout)
+        with self._lock:
+            if key not in self._kernels:
+                compiler = self.compiler
+                if isinstance(compiler, str):
+                    raise RuntimeError(f"rim_rnn: {compiler}")
+                cubin = compiler.cubin(name, layout, self.limits(device).architecture)
+                module, function = ctypes.c_void_p(), ctypes.c_void_p()
+                with torch.cuda.device(device):
+                    self._call("cuModuleLoadData", ctypes.byref(module), cubin)
+                    self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+                    shared = layout.bytes(name == "backward")
+                    self._call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+                self._kernels[key] = function
+            return self._kernels[key]
+
+    def resident(self, kernel: Any, layout: Layout, shared: int, device: torch.device) -> int:
+        count = ctypes.c_int()
+        with torch.cuda.device(device):
+            self._call(
+                *("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(count), kernel),
+                *(layout.threads, ctypes.c_size_t(shared)),
+            )
+        return count.value * self.limits(device).multiprocessors
+
+    def launch(self, kernel: Any, layout: Layout, blocks: int, shared: int, arguments: Any, device: torch.device) -> None:
+        attribute = LaunchAttribute(CLUSTER_DIMENSION if layout.cluster else COOPERATIVE)
+        for i, value in enumerate((layout.sizes.n, 1, 1) if layout.cluster else (1,)):
+            attribute.value[i] = value
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            config = LaunchConfig(blocks, 1, 1, layout.threads, 1, 1, shared, stream, ctypes.pointer(attribute), 1)
+            parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+            self._call("cuLaunchKernelEx", ctypes.byref(config), kernel, parameters, None)

@@ -72,6 +72,9 @@ class ThreadsOfACPU:
         self.sources = {name: path.read_text() for name, path in SOURCES.items()} | dict(sources or {})
         self.launches: list[tuple[str, Layout, int]] = []
 
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
     def limits(self, device: torch.device) -> Limits:
         return self._limits
 
