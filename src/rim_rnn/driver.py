@@ -162,9 +162,9 @@ class Machine(Protocol):
         """How many blocks of it the device runs at one time, with so many bytes of ``shared`` memory each."""
 
     def launch(
-        self, kernel: Any, layout: Layout, blocks: int, shared: int, arguments: "ctypes.Array[Any]", device: torch.device
+        self, kernel: Any, layout: Layout, blocks: int, shared: int, words: Sequence[Any], device: torch.device
     ) -> None:
-        """Start so many blocks of it, on the device's current stream."""
+        """Start so many blocks of it on the device's current stream, with these members of its only argument."""
 
 
 def launch(machine: Machine, name: str, layout: Layout, arguments: Sequence[Any], time: Sequence[Any]) -> None:
@@ -182,9 +182,13 @@ def launch(machine: Machine, name: str, layout: Layout, arguments: Sequence[Any]
         circles = min(tiles, machine.resident(kernel, layout, shared, device) // n)
         said = torch.empty(circles * n * layout.said(name == "backward"), device=device)
         met = torch.zeros(circles, dtype=torch.int32, device=device)
-    words = [*arguments, said, met, *time, tiles]
-    numbers = [0 if word is None else word.data_ptr() if isinstance(word, torch.Tensor) else int(word) for word in words]
-    machine.launch(kernel, layout, circles * n, shared, (ctypes.c_uint64 * len(numbers))(*numbers), device)
+    machine.launch(kernel, layout, circles * n, shared, [*arguments, said, met, *time, tiles], device)
+
+
+def packed(words: Sequence[Any]) -> "ctypes.Array[ctypes.c_uint64]":
+    """The members of a kernel's argument, 8 bytes each: tensors, of which it is given the address, ``None`` and numbers."""
+    numbers = (0 if word is None else word.data_ptr() if isinstance(word, torch.Tensor) else int(word) for word in words)
+    return (ctypes.c_uint64 * len(words))(*numbers)
 
 
 class Compiler:
@@ -385,8 +389,10 @@ class Driver:
             )
         return count.value * self.limits(device).multiprocessors
 
-    def launch(self, kernel: Any, layout: Layout, blocks: int, shared: int, arguments: Any, device: torch.device) -> None:
-        attribute = LaunchAttribute(CLUSTER_DIMENSION if layout.cluster else COOPERATIVE)
+    def launch(
+        self, kernel: Any, layout: Layout, blocks: int, shared: int, words: Sequence[Any], device: torch.device
+    ) -> None:
+        arguments, attribute = packed(words), LaunchAttribute(CLUSTER_DIMENSION if layout.cluster else COOPERATIVE)
         for i, value in enumerate((layout.sizes.n, 1, 1) if layout.cluster else (1,)):
             attribute.value[i] = value
         with torch.cuda.device(device):

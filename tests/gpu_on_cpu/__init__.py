@@ -5,70 +5,82 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
+import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rim_rnn.driver import SOURCES, Layout, Limits
+from rim_rnn.driver import SOURCES, Layout, Limits, packed
 
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wl,-Bsymbolic", "-Wall", "-Wextra", "-Werror", "-Wno-type-limits", "-Wno-unknown-pragmas"]
-FLAGS += os.environ.get("RIM_RNN_SHIM_FLAGS", "").split()
 COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wl,-Bsymbolic", "-Wall", "-Wextra", "-Werror")
+FLAGS += ("-Wno-type-limits", "-Wno-unknown-pragmas")
 RUN = 'extern "C" void run(const void* arguments) {{ {name}(*static_cast<const {kind}Arguments*>(arguments)); }}'
+SANITIZERS = {"thread": ("-g", "-fsanitize=thread"), "address": ("-g", "-fsanitize=address")}
+"""ThreadSanitizer, which knows what a barrier orders and reports what none does; AddressSanitizer, for what lies outside."""
 
 
 @cache
 def folder() -> Path:
-    """Where compiled kernels are kept, from one run of the tests to the next if RIM_RNN_SHIM_CACHE names a folder."""
-    kept = os.environ.get("RIM_RNN_SHIM_CACHE") or tempfile.mkdtemp(prefix="gpu-on-cpu-")
-    Path(kept).mkdir(parents=True, exist_ok=True)
-    return Path(kept)
+    """Where what was compiled is kept: for a run of the tests, or for longer where RIM_RNN_GPU_ON_CPU names a folder."""
+    kept = Path(os.environ.get("RIM_RNN_GPU_ON_CPU") or tempfile.mkdtemp(prefix="gpu-on-cpu-"))
+    kept.mkdir(parents=True, exist_ok=True)
+    return kept
 
 
-def compiled(texts: Mapping[str, str], main: str, *more: str) -> ctypes.CDLL:
-    """A shared library of the text named ``main``, which includes the others."""
-    key = hashlib.sha256(repr((sorted(texts.items()), main, more, FLAGS, COMPILER)).encode()).hexdigest()[:24]
-    library = folder() / f"{key}.so"
-    if not library.exists():
+def compiled(texts: Mapping[str, str], main: str, *flags: str) -> Path:
+    """A shared library, or a program, of the text named ``main``, which includes the others."""
+    key = hashlib.sha256(repr((sorted(texts.items()), main, flags, COMPILER)).encode()).hexdigest()[:24]
+    made = folder() / f"{key}.so"
+    if not made.exists():
         with tempfile.TemporaryDirectory(dir=folder()) as work:
             for name, text in texts.items():
                 Path(work, name).write_text(text)
-            command = [COMPILER, *FLAGS, "-x", "c++", main, "-o", "made.so", *more]
+            command = [COMPILER, "-x", "c++", main, "-o", "made", *flags]
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(done.stderr[:4000])
-            Path(work, "made.so").replace(library)
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL if main == "grid.cpp" else ctypes.RTLD_LOCAL)
+            Path(work, "made").replace(made)
+    return made
 
 
 @cache
-def grid() -> ctypes.CDLL:
-    texts = {name: (HERE / name).read_text() for name in ("device.cuh", "grid.cpp")}
-    return compiled(texts, "grid.cpp")
+def grid(*flags: str) -> Path:
+    """What a kernel runs in."""
+    return compiled({name: (HERE / name).read_text() for name in ("device.cuh", "grid.cpp")}, "grid.cpp", *FLAGS, *flags)
+
+
+@cache
+def loaded(library: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL if library == grid() else ctypes.RTLD_LOCAL)
 
 
 class ThreadsOfACPU:
     """A machine as :mod:`rim_rnn.driver` wants it.
 
     Args:
-        limits: What it says of itself. Sizes with many multiprocessors take tiles of few rows.
-        sources: What stands in the place of files of ``cusrc/``, in tests of mutants.
+        limits: What it says of itself. Many multiprocessors make tiles of few rows.
         at_once: How many blocks run at one time, where they are no clusters.
+        sources: What stands in the place of files of ``cusrc/``: mutants.
+        sanitizer: One of :data:`SANITIZERS`. Kernels run in a process of their own then, where each tensor is an allocation.
     """
 
     def __init__(
         self,
-        limits: Limits = Limits(90, 1 << 17, 64, threads=16),  # noqa: B008 (immutable)
-        sources: Mapping[str, str] | None = None,
+        limits: Limits = Limits(90, 1 << 17, 64, threads=8),  # noqa: B008 (it never changes)
         at_once: int = 64,
+        sources: Mapping[str, str] | None = None,
+        sanitizer: str | None = None,
     ) -> None:
-        self._limits, self.at_once = limits, at_once
+        self._limits, self.at_once, self.flags = limits, at_once, SANITIZERS[sanitizer] if sanitizer else ()
         self.sources = {name: path.read_text() for name, path in SOURCES.items()} | dict(sources or {})
         self.launches: list[tuple[str, Layout, int]] = []
 
@@ -78,16 +90,39 @@ class ThreadsOfACPU:
     def limits(self, device: torch.device) -> Limits:
         return self._limits
 
-    def kernel(self, name: str, layout: Layout, device: torch.device) -> Any:
-        grid()
+    def kernel(self, name: str, layout: Layout, device: torch.device) -> tuple[str, Path]:
         run = RUN.format(name=name, kind=name.capitalize())
         texts = {"sizes.h": layout.text(), "common.cuh": self.sources["common.cuh"], "device.cuh": (HERE / "device.cuh").read_text()}
-        return compiled(texts | {"kernel.cu": self.sources[f"{name}.cu"] + run}, "kernel.cu").run
+        texts["kernel.cu"] = self.sources[f"{name}.cu"] + run
+        return name, compiled(texts, "kernel.cu", *FLAGS, *self.flags)
 
     def resident(self, kernel: Any, layout: Layout, shared: int, device: torch.device) -> int:
         return self.at_once
 
-    def launch(self, kernel: Any, layout: Layout, blocks: int, shared: int, arguments: Any, device: torch.device) -> None:
-        self.launches.append((kernel.__name__, layout, blocks))
-        cluster = layout.sizes.n if layout.cluster else 1
-        grid().launch(kernel, blocks, layout.threads, shared, cluster, arguments)
+    def launch(
+        self, kernel: tuple[str, Path], layout: Layout, blocks: int, shared: int, words: Sequence[Any], device: torch.device
+    ) -> None:
+        name, library = kernel
+        self.launches.append((name, layout, blocks))
+        numbers = blocks, layout.threads, shared, layout.sizes.n if layout.cluster else 1
+        if not self.flags:
+            loaded(grid()).launch(loaded(library).run, *numbers, packed(words))
+            return
+        with tempfile.NamedTemporaryFile() as file:
+            for word in (*numbers, *words):
+                file.write(struct.pack("qq", *(word.nbytes, 1) if isinstance(word, Tensor) else (int(word or 0), 0)))
+                if isinstance(word, Tensor):
+                    file.write(ctypes.string_at(word.data_ptr(), word.nbytes))
+            file.flush()
+            program = compiled(
+                {name: (HERE / name).read_text() for name in ("device.cuh", "grid.cpp")},
+                *("grid.cpp", "-std=c++20", "-O1", "-pthread", "-rdynamic", "-DPROGRAM", *self.flags, "-ldl"),
+            )
+            still = ["setarch", "-R"] if shutil.which("setarch") else []  # ThreadSanitizer wants addresses where they always are
+            done = subprocess.run([*still, program, library, file.name], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(done.stderr[:4000] or f"{name} ended with {done.returncode}")
+            left = memoryview(Path(file.name).read_bytes())
+        for word in (word for word in words if isinstance(word, Tensor)):
+            ctypes.memmove(word.data_ptr(), bytes(left[: word.nbytes]), word.nbytes)
+            left = left[word.nbytes :]

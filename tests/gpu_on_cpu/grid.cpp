@@ -58,3 +58,32 @@ extern "C" void launch(void (*kernel)(const void*), int blocks, int threads, int
       });
   for (std::thread& thread : all) thread.join();
 }
+
+#ifdef PROGRAM
+// PROGRAM LIBRARY FILE: run the kernel of the library with the file's arguments, each of them two numbers: a value, or how many bytes
+// of a tensor follow, and which of the two it is. Leaves the tensors in the file.
+#include <dlfcn.h>
+
+#include <cstdio>
+
+int main(int, char** given) {
+  void* library = dlopen(given[1], RTLD_NOW);
+  if (!library) return std::fprintf(stderr, "%s\n", dlerror()), 2;
+  std::FILE* file = std::fopen(given[2], "rb");
+  std::vector<long long> words;
+  std::vector<std::pair<std::unique_ptr<char[]>, size_t>> tensors;
+  for (long long word[2]; std::fread(word, sizeof word, 1, file);) {
+    if (word[1]) {
+      tensors.emplace_back(new char[word[0]], word[0]);
+      if (word[0] && !std::fread(tensors.back().first.get(), word[0], 1, file)) return 3;
+    }
+    words.push_back(word[1] ? reinterpret_cast<long long>(tensors.back().first.get()) : word[0]);
+  }
+  std::fclose(file);
+  const auto kernel = reinterpret_cast<void (*)(const void*)>(dlsym(library, "run"));
+  launch(kernel, int(words[0]), int(words[1]), int(words[2]), int(words[3]), &words[4]);
+  file = std::fopen(given[2], "wb");
+  for (const auto& [bytes, size] : tensors) std::fwrite(bytes.get(), 1, size, file);
+  return std::fclose(file);
+}
+#endif
