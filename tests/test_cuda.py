@@ -1,9 +1,10 @@
-"""The path of a GPU is the readable path, faster, as far as a CPU can tell: its kernels run on threads, a thread for each of a GPU's."""
+"""The path of a GPU is the readable path, as far as a CPU can tell: its kernels run there, a thread for each of a GPU's."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import re
 import shutil
 import sys
@@ -107,7 +108,14 @@ CASES: dict[str, dict[str, Any]] = {
     "one row, one step": {"steps": 1, "batch": 1, "num_units": 4, "k": 1},
     "one unit": {"num_units": 1, "k": 1, "hidden_size": 7, "num_comm_heads": 1, "key_size_comm": 1, "value_size_comm": 1},
     "many units": {"num_units": 9, "k": 9, "hidden_size": 9},
-    "default sizes": {"num_comm_heads": 4, "key_size_comm": 32, "value_size_comm": 32, "hidden_size": 30, "num_units": 6, "k": 4},
+    "default sizes": {
+        "num_comm_heads": 4,
+        "key_size_comm": 32,
+        "value_size_comm": 32,
+        "hidden_size": 30,
+        "num_units": 6,
+        "k": 4,
+    },
 }
 
 
@@ -117,6 +125,44 @@ CASES: dict[str, dict[str, Any]] = {
 def test_equals_the_readable_path(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs, states, records and every gradient."""
     assert_equal_paths(ThreadsOfACPU(CLUSTERS), case, monkeypatch)
+
+
+@needs_a_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(int(os.environ.get("RIM_RNN_GPU_CASES", "3"))))
+def test_equals_the_readable_path_at_sizes_that_are_drawn(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(seed)
+    n, u = draw.randint(1, 6), draw.choice([1, 2, 3, 7, 8, 17])
+    rnn_cell, steps, batch = draw.choice(["LSTM", "GRU"]), draw.randint(1, 6), draw.randint(1, 9)
+    case = {
+        "input_size": draw.choice([1, 2, 3, 9, 40]),
+        "hidden_size": n * u,
+        "bias": draw.random() < 0.7,
+        "proj_size": n * draw.randrange(u) if rnn_cell == "LSTM" and draw.random() < 0.5 else 0,
+        "num_units": n,
+        "k": draw.randint(1, n),
+        "rnn_cell": rnn_cell,
+        "key_size_input": draw.choice([1, 3, 16]),
+        "value_size_input": draw.choice([1, 5, 32]),
+        "num_input_heads": draw.randint(1, 3),
+        "key_size_comm": draw.choice([1, 5, 8, 32]),
+        "value_size_comm": draw.choice([1, 3, 16, 32]),
+        "num_comm_heads": draw.randint(0, 4),
+        "comm_bounded": draw.random() < 0.7,
+        "input_dropout": draw.choice([0.0, 0.0, 0.3, 1.0]),
+        "comm_dropout": draw.choice([0.0, 0.0, 0.3, 1.0]),
+        "steps": steps,
+        "batch": batch,
+        "sizes": sorted((draw.randint(1, batch) for _ in range(steps)), reverse=True) if draw.random() < 0.5 else None,
+        "reverse": draw.random() < 0.5,
+        "rows_at_once": draw.choice([1, 8, 2048]),
+        "seed": seed,
+    }
+    limits = draw.choice([CLUSTERS, GROUPS])._replace(shared=draw.choice([1 << 17, 16000]))
+    try:
+        assert_equal_paths(ThreadsOfACPU(limits, at_once=draw.choice([6, 64])), case, monkeypatch)
+    except Exception as error:
+        raise AssertionError(f"{case}") from error
 
 
 @needs_a_compiler
@@ -331,7 +377,12 @@ def test_a_wrong_tie_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "case"),
     [
-        ("forward.cu", "{ a.h[(row * n + j) * p + d] = s.h[d * R + r]; }", "{ (void)d; }", "chunks"),  # the next chunk begins where this one did
+        (
+            "forward.cu",
+            "{ a.h[(row * n + j) * p + d] = s.h[d * R + r]; }",
+            "{ (void)d; }",
+            "chunks",
+        ),  # the next chunk begins where this one did
         ("backward.cu", "dgate[2] = dinner * reset;", "dgate[2] = dinner;", "GRU"),
         ("common.cuh", "return reverse ? steps - 1 - step : step;", "return step;", "GRU"),
     ],
@@ -356,6 +407,18 @@ def test_a_missing_barrier_is_noticed(file: str, old: str, case: dict[str, Any],
     machine = ThreadsOfACPU(CLUSTERS, sources=mutant(file, old, new), sanitizer="thread")
     with pytest.raises(RuntimeError, match="data race"):
         assert_equal_paths(machine, {"steps": 2, "batch": 3, **case}, monkeypatch)
+
+
+def test_code_of_the_page_runs_or_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "on_a_gpu.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    try:
+        exec(code, {})
+    except SystemExit as needed:
+        assert not torch.cuda.is_available()
+        assert str(needed) == "This needs a GPU that torch.cuda finds."
+    else:
+        assert capsys.readouterr().out.endswith("by graphs\n")
 
 
 # What compiles them for a GPU.
@@ -398,7 +461,7 @@ class CompilesNothing(Compiler):
 
 
 def test_compiled_kernels_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For each of name, sizes, architecture and version; a damaged one is compiled anew; where nobody can write, it goes without."""
+    """By name, sizes, architecture and version; a damaged one is compiled anew; where nobody can write, each is."""
     monkeypatch.setenv("PYTORCH_KERNEL_CACHE_PATH", str(tmp_path / "kernels"))
     layout = lay_out(PAPER, 64, DEVICES[90])
     assert isinstance(layout, Layout)

@@ -1,16 +1,16 @@
 """The fast path on a GPU: some steps of one cell in one kernel, forward and backward (``cusrc/``).
 
-What depends on ``x`` alone is multiplied out for all steps of a chunk at once, then a kernel runs through them. For the way back
-large products compute again what the kernel needs of each step, and sum up the gradients of the weights after it. All of that is
-in float32, and never in TF32 unless torch.matmul is; the readable path stays the definition, and ``tests/test_cuda.py`` holds
-every output and every gradient of this one against it, on a CPU. **It has not run on a GPU yet**: it is off, and
-``RIM_RNN_CUDA=1`` turns it on.
+What depends on ``x`` alone is multiplied out for all steps of a chunk at once, then a kernel runs through them. For the way
+back large products compute again what the kernel needs of each step, and sum up the gradients of the weights after it. All of
+that is in float32, and not in TF32 unless torch.matmul is. The readable path stays the definition: ``tests/test_cuda.py`` holds
+every output and every gradient of this one against it, on a CPU. **It has not run on a GPU yet**, so that it is off unless
+``RIM_RNN_CUDA=1``.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +64,9 @@ class Kept(NamedTuple):
     def within(cls, saved: Tensor, s: Sizes, rows: int) -> "Kept":
         """Views of one tensor that holds all."""
         shapes = cls.shapes(s, rows)
-        parts = iter(saved.split([math.prod(shape) for shape in shapes if shape is not None]))
-        return cls(*(None if shape is None else next(parts).view(shape) for shape in shapes))
+        parts = iter(torch.split(saved, [math.prod(shape) for shape in shapes if shape is not None]))
+        views: list[Any] = [None if shape is None else next(parts).view(shape) for shape in shapes]
+        return cls(*views)
 
 
 class Chunk(NamedTuple):
@@ -76,7 +77,7 @@ class Chunk(NamedTuple):
     first: int
     last: int
 
-    def of(self, rows: Tensor | None) -> Tensor | None:
+    def of(self, rows: Any) -> Any:
         return None if rows is None else rows[self.first : self.last]
 
 
@@ -103,8 +104,8 @@ class Scan:
     """
 
     def __init__(self, machine: Machine, tensors: Sequence[Any], sizes: Sequence[Any]) -> None:
-        x, h, c, *parameters = (t if t is None else t.contiguous() for t in tensors)
-        self.query, self.query_bias, self.key, self.key_bias, self.value, self.value_bias, *rest = parameters
+        rest: list[Any] = [t if t is None else t.contiguous() for t in tensors]
+        x, h, c, self.query, self.query_bias, self.key, self.key_bias, self.value, self.value_bias, *rest = rest
         self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, *rest = rest
         ask, show, tell, self.weight_output, self.keep_input, self.keep_comm = rest
         self.machine, self.sizes = machine, scan_sizes(tensors, sizes)
@@ -119,73 +120,61 @@ class Scan:
         if isinstance(layout, str):
             raise RuntimeError(f"rim_rnn: {layout}")
         self.layout: Layout = layout
-        self.bias, self.weight_talk = self._bias(), None
+        self.input_root, self.comm_root = math.sqrt(self.key.size(0) // self.heads), math.sqrt(self.sizes.comm_key)
+        self.weight_talk: Any = None
         if ask is not None:  # of one head after the other: Communication.stacked_weights
             by_head = (w.view(self.n, self.p, self.sizes.comm_heads, -1) for w in (ask / self.comm_root, show, tell))
             self.weight_talk = torch.cat([*by_head], -1).flatten(2)
+        self.bias = self._bias()
         # The read's part of the gates is, for each head, a_input * (features W). Features are the value; or [x | 1] where it is
         # cheaper to multiply W^v and W_ih out first, or where each head has a value of its own.
         size_x, size_value, size_gates = self.x.size(1), self.value.size(0), self.n * self.sizes.gates
         self.folded = self.heads > 1 or size_x * size_gates <= size_value * (size_x + size_gates)
-        by_head_ih = self.weight_ih.view(self.n, self.heads, -1, self.sizes.gates)
-        self.weight_ih_by_head = by_head_ih
-        folded = torch.einsum("hvx,nhvg->xnhg", self._value1(), by_head_ih) if self.folded else by_head_ih.permute(2, 0, 1, 3)
+        value1 = self.value if self.value_bias is None else torch.cat([self.value, self.value_bias.unsqueeze(1)], 1)
+        self.value1 = value1.view(self.heads, -1, value1.size(1))  # [W^v | b^v] of each head
+        self.weight_ih_by_head = by_head_ih = self.weight_ih.view(self.n, self.heads, -1, self.sizes.gates)
+        folded = torch.einsum("hvx,nhvg->xnhg", self.value1, by_head_ih) if self.folded else by_head_ih.permute(2, 0, 1, 3)
         self.weight_read = folded.flatten(1)  # (features, n*heads*G*u)
 
-    @property
-    def comm_root(self) -> float:
-        return math.sqrt(self.sizes.comm_key)
-
-    @property
-    def input_root(self) -> float:
-        return math.sqrt(self.key.size(0) // self.heads)
-
-    def _bias(self) -> Tensor | None:
-        """Of the gates: LSTM's i f g o, GRU's r z and n's part from h and from the input, ``(n, 4*u)``."""
+    def _bias(self) -> Any:
+        """Of the gates: LSTM's i f g o, GRU's r z and n's part from h and from the input, ``(n, 4*u)``; or ``None``."""
         if self.bias_ih is None or self.sizes.lstm:
             return None if self.bias_ih is None else self.bias_ih + self.bias_hh
         alike = 2 * self.u
         both = self.bias_ih[:, :alike] + self.bias_hh[:, :alike]
         return torch.cat([both, self.bias_hh[:, alike:], self.bias_ih[:, alike:]], 1)
 
-    def _value1(self) -> Tensor:
-        """``[W^v | b^v]``, ``(heads, value_size, input_size + bias)``."""
-        value = self.value if self.value_bias is None else torch.cat([self.value, self.value_bias.unsqueeze(1)], 1)
-        return value.view(self.heads, -1, value.size(1))
-
-    def _from_h(self, dgates: Tensor) -> Tensor:
+    def from_h(self, gates: Tensor) -> Tensor:
         """Of a GRU's four parts those that W_hh makes."""
-        return dgates[..., : self.sizes.gates]
+        return gates[..., : self.sizes.gates]
 
-    def _from_input(self, dgates: Tensor) -> Tensor:
+    def from_input(self, gates: Tensor) -> Tensor:
         """Those that the read makes."""
-        return dgates if self.sizes.lstm else torch.cat([dgates[..., : 2 * self.u], dgates[..., 3 * self.u :]], -1)
+        return gates if self.sizes.lstm else torch.cat([gates[..., : 2 * self.u], gates[..., 3 * self.u :]], -1)
 
-    def chunks(self, backwards: bool) -> Iterator[Chunk]:
+    def chunks(self, backwards: bool) -> list[Chunk]:
         """All steps: those first that the scan comes to first, or last."""
         bounds, starts = [0], self.starts
         for t in range(1, len(starts)):
             if t == len(starts) - 1 or starts[t + 1] - starts[bounds[-1]] > ROWS_AT_ONCE:
                 bounds.append(t)
-        found = [Chunk(a, b, starts[a], starts[b]) for a, b in zip(bounds, bounds[1:], strict=False)]
-        return iter(found if self.reverse is backwards else found[::-1])
+        found = [Chunk(a, b, starts[a], starts[b]) for a, b in pairwise(bounds)]
+        return found if self.reverse is backwards else found[::-1]
 
     def time(self, chunk: Chunk) -> tuple[Any, ...]:
+        """What the kernels are told of it."""
         starts = None if self.starts_there is None else self.starts_there[chunk.first_step :]
         return starts, self.h.size(0), chunk.last_step - chunk.first_step, self.reverse
 
-    # Before the scan: what depends on x alone.
+    # What depends on x alone.
 
     def keys(self, x: Tensor) -> Tensor:
         """``(x W^e + b^e) / sqrt(key_size)``, ``(M, heads, key_size)``."""
         return F.linear(x, self.key, self.key_bias).div_(self.input_root).view(x.size(0), self.heads, -1)
 
-    def query_by_head(self) -> Tensor:
-        return self.query.view(self.n, self.p, self.heads, -1)
-
     def bid_weights(self, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a state is multiplied with to make a score, and what is added: ``(M, n, heads, p)``, ``(M, n, heads)``."""
-        z = torch.einsum("mhd,nphd->mnhp", keys, self.query_by_head()).contiguous()
+        z = torch.einsum("mhd,nphd->mnhp", keys, self.query.view(self.n, self.p, self.heads, -1)).contiguous()
         if self.query_bias is None:
             return z, None
         return z, torch.einsum("mhd,nhd->mnh", keys, self.query_bias.view(self.n, self.heads, -1)).contiguous()
@@ -196,10 +185,8 @@ class Scan:
             return F.linear(x, self.value, self.value_bias)
         return x if self.value_bias is None else F.pad(x, (0, 1), value=1.0)
 
-    # Forward.
-
     def forward(self, keep: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Outputs ``(M, n, p)``, last states, and if asked to ``keep`` them the winners ``(M, k)`` and :class:`Kept` in one tensor."""
+        """Outputs ``(M, n, p)``, last states, and to ``keep`` for backward winners ``(M, k)`` and :class:`Kept` as a tensor."""
         rows, n, s = self.x.size(0), self.n, self.sizes
         output, h, c = self.x.new_empty(rows, n, self.p), self.h.clone(), None if self.c is None else self.c.clone()
         saved = output.new_empty(Kept.size(s, rows)) if keep else None
@@ -207,201 +194,195 @@ class Scan:
         scores, cells, tilde, attention = (None,) * 4 if saved is None else Kept.within(saved, s, rows)
         weights = padded(self.weight_hh), self.bias, *map(padded, (self.weight_hr, self.weight_talk, self.weight_output))
         for chunk in self.chunks(backwards=False):
-            x, of = self.x[chunk.first : chunk.last], chunk.of
-            given = *self.bid_weights(self.keys(x)), self.features(x) @ self.weight_read, of(self.keep_input), of(self.keep_comm)
+            x, of = chunk.of(self.x), chunk.of
+            given = (
+                *self.bid_weights(self.keys(x)),
+                self.features(x) @ self.weight_read,
+                of(self.keep_input),
+                of(self.keep_comm),
+            )
             made = map(of, (output, cells, tilde, scores, attention, won))
             launch(self.machine, "forward", self.layout, [*given, *weights, h, c, *made], self.time(chunk))
         winners = None
         if won is not None:  # in the order of the units
-            winners = won.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : s.k].to(torch.int32).contiguous()
+            winners = (
+                won.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : s.k].to(torch.int32).contiguous()
+            )
         return output, h, c, winners, saved
 
-    # Backward.
 
-    def backward(
-        self, grads: Sequence[Tensor | None], output: Tensor, winners: Tensor, saved: Tensor, input_grad: bool
-    ) -> list[Tensor | None]:
-        """Gradients of the tensors of the schema but for what dropout drew, ``None`` where there is no tensor.
+class Backward:
+    """The gradients of a scan: d<name> is the gradient of <name>, of which the weights' are sums over the rows of all chunks.
 
-        Args:
-            grads: Of the outputs and the last states; ``None`` counts as zero.
-        """
-        like = output.view(-1, self.n, self.p), self.h, self.c
-        grad_output, dh, dc = (g if g is None else g.contiguous().view_as(t) for g, t in zip(grads, like, strict=True))
-        dh = torch.zeros_like(self.h) if dh is None else dh.clone()
-        if self.c is not None:
-            dc = torch.zeros_like(self.c) if dc is None else dc.clone()
-        kept, sums = Kept.within(saved, self.sizes, self.x.size(0)), dict[str, Tensor]()
-        dx = torch.empty_like(self.x) if input_grad else None
-        before = self.earlier(like[0], self.h)
-        cells_before = None if self.c is None else self.earlier(kept.cells, self.c)
-        weights = tuple(map(turned, (self.weight_output, self.weight_talk, self.weight_hr, self.weight_hh)))
-        for chunk in self.chunks(backwards=True):
-            old_cells = None if cells_before is None else cells_before(chunk)
-            self.backward_of(
-                chunk, grad_output, like[0], winners, kept, before(chunk), old_cells, weights, dh, dc, dx, sums
-            )
-        return [dx, dh, dc, *self.gradients(sums)]
+    Args:
+        scan: The scan.
+        grads: Of the outputs and the last states; ``None`` counts as zero.
+        output, winners, saved: What :meth:`Scan.forward` returned.
+        input_grad: Whether the input's is wanted.
+    """
 
-    def earlier(self, rows: Tensor, first: Tensor) -> Callable[[Chunk], Tensor]:
-        """For the steps of a chunk, what the ``rows`` of a state ``(M, n, ...)`` were a step before; ``first`` at the beginning."""
-        batch, total = first.size(0), rows.size(0)
-        if self.starts_there is None:
-            by = batch if self.reverse else -batch
+    def __init__(
+        self, scan: Scan, grads: Sequence[Any], output: Tensor, winners: Tensor, saved: Tensor, input_grad: bool
+    ) -> None:
+        self.scan, self.output, self.winners = scan, output.view(-1, scan.n, scan.p), winners.contiguous()
+        self.kept = Kept.within(saved.contiguous(), scan.sizes, scan.x.size(0))
+        grad_output, grad_h, grad_c = grads
+        self.grad_output = None if grad_output is None else grad_output.contiguous().view_as(self.output)
+        self.dh = torch.zeros_like(scan.h) if grad_h is None else grad_h.reshape(scan.h.shape).clone()
+        self.dc: Any = None
+        if scan.c is not None:
+            self.dc = torch.zeros_like(scan.c) if grad_c is None else grad_c.reshape(scan.c.shape).clone()
+        self.dx = torch.empty_like(scan.x) if input_grad else None
+        self.sums: dict[str, Any] = {}
+        self.weights = [turned(w) for w in (scan.weight_output, scan.weight_talk, scan.weight_hr, scan.weight_hh)]
+
+    def run(self) -> list[Tensor | None]:
+        """For each tensor of the schema but what dropout drew, ``None`` where there is none."""
+        before, no_cells = self.earlier(self.output, self.scan.h), lambda chunk: None
+        cells_before = no_cells if self.scan.c is None else self.earlier(self.kept.cells, self.scan.c)
+        for chunk in self.scan.chunks(backwards=True):
+            self.add_chunk(chunk, before(chunk), cells_before(chunk))
+        return [self.dx, self.dh, self.dc, *self.parameters()]
+
+    def earlier(self, rows: Any, first: Tensor) -> Callable[[Chunk], Any]:
+        """For the steps of a chunk, what the ``rows`` of a state ``(M, n, ...)`` were a step before; at first, ``first``."""
+        batch, total, reverse = first.size(0), rows.size(0), self.scan.reverse
+        if self.scan.starts_there is None:
+            by = batch if reverse else -batch
 
             def shifted(chunk: Chunk) -> Tensor:
                 begin, end = chunk.first + by, chunk.last + by
-                if 0 <= begin and end <= total:
-                    return rows[begin:end]
-                return torch.cat([rows[begin:], first] if self.reverse else [first, rows[:end]])
+                if begin >= 0 and end <= total:
+                    return rows[begin:end]  # type: ignore[no-any-return]
+                return torch.cat([rows[begin:], first] if reverse else [first, rows[:end]])
 
             return shifted
-        starts, steps = self.starts_there, len(self.present)
+        starts, steps = self.scan.starts_there, len(self.scan.present)
         present, times = starts.diff(), torch.arange(steps, device=starts.device)
         step = torch.repeat_interleave(times, present, output_size=total)
-        row, before = torch.arange(total, device=starts.device) - starts[step], step + (1 if self.reverse else -1)
+        row, before = torch.arange(total, device=starts.device) - starts[step], step + (1 if reverse else -1)
         at = before.clamp(0, steps - 1)
         there = (before == at) & (row < present[at])
         index, every = torch.where(there, starts[at] + row + batch, row), torch.cat([first, rows])
         return lambda chunk: every[index[chunk.first : chunk.last]]
 
-    def backward_of(
-        self,
-        chunk: Chunk,
-        grad_output: Tensor | None,
-        output: Tensor,
-        winners: Tensor,
-        kept: Kept,
-        before: Tensor,
-        cells_before: Tensor | None,
-        weights: tuple[Tensor | None, ...],
-        dh: Tensor,
-        dc: Tensor | None,
-        dx: Tensor | None,
-        sums: dict[str, Tensor],
-    ) -> None:
-        """A chunk: what its steps did, once more; the kernel; and the sums over its rows that are gradients of the weights."""
-        x, of, s = self.x[chunk.first : chunk.last], chunk.of, self.sizes
-        scores, cells, tilde, attention = map(of, kept)
-        tilde = of(output) if tilde is None else tilde
-        keep_input, keep_comm = of(self.keep_input), of(self.keep_comm)
-        keys, features = self.keys(x), self.features(x)
-        z, _ = self.bid_weights(keys)
-        gates_x = (features @ self.weight_read).view(x.size(0), self.n, self.heads, s.gates)
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def add_product(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Of rows: ``(M, n, i)``, ``(M, n, o)`` -> ``(n, i, o)``."""
+        self.add(name, torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1)))
+
+    def add_chunk(self, chunk: Chunk, before: Tensor, cells_before: Tensor | None) -> None:
+        """What its steps did, once more; the kernel, which goes back through them; and products to weights' gradients."""
+        scan, s, of = self.scan, self.scan.sizes, chunk.of
+        x, keep_input, keep_comm = map(of, (scan.x, scan.keep_input, scan.keep_comm))
+        scores, cells, tilde, attention = map(of, self.kept)
+        tilde = of(self.output) if tilde is None else tilde
+        keys, features = scan.keys(x), scan.features(x)
+        z, _ = scan.bid_weights(keys)
+        gates_x = (features @ scan.weight_read).view(x.size(0), scan.n, scan.heads, s.gates)
         a_input = torch.sigmoid(scores) if keep_input is None else torch.sigmoid(scores) * keep_input
         gates = self.gates(before, (a_input.unsqueeze(-1) * gates_x).sum(2))
-        cell_output = gates[..., 3 * self.u :] * torch.tanh(cells) if s.projected else None
-        talk = heard = squashed = None
-        if self.weight_talk is not None:
-            talk, heard, squashed = self.communication(tilde, attention if keep_comm is None else attention * keep_comm)
-        dtalk, dscores = None if talk is None else torch.empty_like(talk), torch.empty_like(scores)
-        dtilde = torch.empty_like(tilde) if s.projected else None
-        launch(
-            self.machine,
-            "backward",
-            self.layout,
-            [of(grad_output), cells, cells_before, before, tilde, squashed, gates, talk, attention, z, gates_x, scores, of(winners),
-             keep_input, keep_comm, *weights, dh, dc, dtalk, dtilde, dscores],
-            self.time(chunk),
-        )  # fmt: skip
-        dgates, dmessage = gates, squashed  # the kernel wrote them there
+        cell_output: Any = gates[..., 3 * scan.u :] * torch.tanh(cells) if s.projected else None
+        talk: Any = None
+        heard: Any = None
+        message: Any = None
+        if s.comm_heads:
+            talk, heard, message = self.communication(tilde, attention if keep_comm is None else attention * keep_comm)
+            message = message.tanh_() if s.bounded else message
+        dtalk, dscores = torch.empty_like(talk) if s.comm_heads else None, torch.empty_like(scores)
+        dtilde: Any = torch.empty_like(tilde) if s.projected else None
+        given = of(self.grad_output), cells, cells_before, before, tilde, message, gates, talk, attention, z, gates_x, scores
+        made = self.dh, self.dc, dtalk, dtilde, dscores
+        words = [*given, of(self.winners), keep_input, keep_comm, *self.weights, *made]
+        launch(scan.machine, "backward", scan.layout, words, scan.time(chunk))
+        dgates, dmessage = gates, message  # the kernel wrote them there
 
-        def add(name: str, value: Tensor) -> None:
-            sums[name] = sums[name] + value if name in sums else value
-
-        def add_product(name: str, a: Tensor, b: Tensor) -> None:
-            """Sums over rows: ``(M, n, i)``, ``(M, n, o)`` -> ``(n, i, o)``."""
-            add(name, torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1)))
-
-        add_product("weight_hh", before, self._from_h(dgates))
-        if self.bias is not None:
-            add("bias", dgates.sum(0))
+        self.add_product("weight_hh", before, scan.from_h(dgates))
+        if scan.bias is not None:
+            self.add("bias", dgates.sum(0))
         if s.projected:
-            add_product("weight_hr", cell_output, dtilde)
-        if talk is not None:
-            add_product("talk", tilde, dtalk)
-            add_product("output", heard, dmessage)
-        # The read, with the gradient of gates_x in the place of gates_x.
-        dread = torch.mul(a_input.unsqueeze(-1), self._from_input(dgates).unsqueeze(2), out=gates_x).flatten(1)
-        add("read", features.t() @ dread)
-        if dx is not None or not self.folded:
-            dfeatures = dread @ self.weight_read.t()
-        if not self.folded:
-            add("value", dfeatures.t() @ x)
-            if self.value_bias is not None:
-                add("value_bias", dfeatures.sum(0))
+            self.add_product("weight_hr", cell_output, dtilde)
+        if dtalk is not None:
+            self.add_product("talk", tilde, dtalk)
+            self.add_product("output", heard, dmessage)
+        # The read. The gradient of gates_x takes its place.
+        dread = torch.mul(a_input.unsqueeze(-1), scan.from_input(dgates).unsqueeze(2), out=gates_x).flatten(1)
+        self.add("read", features.t() @ dread)
+        dfeatures = dread @ scan.weight_read.t() if self.dx is not None or not scan.folded else None
+        if dfeatures is not None and not scan.folded:
+            self.add("value", dfeatures.t() @ x)
+            self.add("value_bias", dfeatures.sum(0))
         # The bids: score = query . key.
-        queries = by_unit(before, self.query) if self.query_bias is None else by_unit(before, self.query) + self.query_bias
+        queries = by_unit(before, scan.query) if scan.query_bias is None else by_unit(before, scan.query) + scan.query_bias
         dqueries = (dscores.unsqueeze(-1) * keys.unsqueeze(1)).flatten(2)
-        dkeys = (dscores.unsqueeze(-1) * queries.view(*scores.shape, -1)).sum(1).flatten(1) / self.input_root
-        add_product("query", before, dqueries)
-        add("key", dkeys.t() @ x)
-        if self.query_bias is not None:
-            add("query_bias", dqueries.sum(0))
-            add("key_bias", dkeys.sum(0))
-        if dx is not None:
-            through_value = dfeatures[:, : x.size(1)] if self.folded else dfeatures @ self.value
-            torch.add(through_value, dkeys @ self.key, out=of(dx))
+        dkeys = (dscores.unsqueeze(-1) * queries.view(*scores.shape, -1)).sum(1).flatten(1) / scan.input_root
+        self.add_product("query", before, dqueries)
+        self.add("query_bias", dqueries.sum(0))
+        self.add("key", dkeys.t() @ x)
+        self.add("key_bias", dkeys.sum(0))
+        if self.dx is not None and dfeatures is not None:
+            through_value = dfeatures[:, : x.size(1)] if scan.folded else dfeatures @ scan.value
+            torch.add(through_value, dkeys @ scan.key, out=of(self.dx))
 
     def gates(self, before: Tensor, read: Tensor) -> Tensor:
         """After their activation, as ``csrc/problem.h`` keeps them: i f g o, or r z n and W_hn h + b_hn, ``(M, n, 4*u)``."""
-        from_h, u = by_unit(before, self.weight_hh), self.u
-        if self.sizes.lstm:
+        from_h, u, bias = by_unit(before, self.scan.weight_hh), self.scan.u, self.scan.bias
+        if self.scan.sizes.lstm:
             gates = from_h.add_(read)
-            gates = gates if self.bias is None else gates.add_(self.bias)
-            return torch.cat([gates[..., : 2 * u].sigmoid(), gates[..., 2 * u : 3 * u].tanh(), gates[..., 3 * u :].sigmoid()], -1)
-        if self.bias is not None:
-            from_h, read = from_h.add_(self._from_h(self.bias)), read.clone()
-            read[..., 2 * u :] += self.bias[:, 3 * u :]
+            gates = gates if bias is None else gates.add_(bias)
+            return torch.cat(
+                [gates[..., : 2 * u].sigmoid(), gates[..., 2 * u : 3 * u].tanh(), gates[..., 3 * u :].sigmoid()], -1
+            )
+        if bias is not None:
+            from_h.add_(self.scan.from_h(bias))
+            read[..., 2 * u :] += bias[:, 3 * u :]
         reset_update = torch.sigmoid(from_h[..., : 2 * u] + read[..., : 2 * u])
         candidate = torch.tanh(read[..., 2 * u :] + reset_update[..., :u] * from_h[..., 2 * u :])
         return torch.cat([reset_update, candidate, from_h[..., 2 * u :]], -1)
 
     def communication(self, tilde: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values ``(M, n, talk)``; what was heard, ``(M, n, w)``; and the message, squashed."""
-        assert self.weight_talk is not None and self.weight_output is not None
-        s = self.sizes
-        talk = by_unit(tilde, self.weight_talk)
+        """Queries, keys and values ``(M, n, talk)``; what was heard, ``(M, n, w)``; and the message, ``(M, n, p)``."""
+        talk, s = by_unit(tilde, self.scan.weight_talk), self.scan.sizes
         value = talk.view(*talk.shape[:2], s.comm_heads, -1)[..., 2 * s.comm_key :].transpose(1, 2)
         heard = (attention @ value).transpose(1, 2).flatten(2)
-        message = by_unit(heard, self.weight_output)
-        return talk, heard, message.tanh_() if s.bounded else message
+        return talk, heard, by_unit(heard, self.scan.weight_output)
 
-    def gradients(self, sums: dict[str, Tensor]) -> Iterator[Tensor | None]:
-        """Of the parameters, in the order of the schema."""
-        n, heads, s = self.n, self.heads, self.sizes
+    def parameters(self) -> Iterator[Tensor | None]:
+        """Their gradients, in the order of the schema."""
+        scan, s, sums = self.scan, self.scan.sizes, self.sums
+        with_bias = scan.query_bias is not None
         yield sums["query"]
-        yield sums.get("query_bias")
+        yield sums["query_bias"] if with_bias else None
         yield sums["key"]
-        yield sums.get("key_bias")
-        read = sums["read"].view(-1, n, heads, s.gates)
-        if self.folded:
-            dvalue1 = torch.einsum("nhvg,xnhg->hvx", self.weight_ih_by_head, read).flatten(0, 1)
-            yield dvalue1[:, : self.x.size(1)].contiguous()
-            yield None if self.value_bias is None else dvalue1[:, -1].contiguous()
-            yield torch.einsum("hvx,xnhg->nhvg", self._value1(), read).reshape_as(self.weight_ih)
+        yield sums["key_bias"] if with_bias else None
+        read = sums["read"].view(-1, scan.n, scan.heads, s.gates)
+        if scan.folded:
+            dvalue1 = torch.einsum("nhvg,xnhg->hvx", scan.weight_ih_by_head, read).flatten(0, 1)
+            yield dvalue1[:, : scan.x.size(1)].contiguous()
+            yield dvalue1[:, -1].contiguous() if with_bias else None
+            yield torch.einsum("hvx,xnhg->nhvg", scan.value1, read).reshape(scan.weight_ih.shape).contiguous()
         else:
             yield sums["value"]
-            yield sums.get("value_bias")
-            yield read.permute(1, 2, 0, 3).reshape_as(self.weight_ih).contiguous()
+            yield sums["value_bias"] if with_bias else None
+            yield read.permute(1, 2, 0, 3).reshape(scan.weight_ih.shape).contiguous()
         yield sums["weight_hh"]
-        bias = sums.get("bias")
-        yield None if bias is None else self._from_input(bias)
-        yield None if bias is None else self._from_h(bias).clone()
+        yield scan.from_input(sums["bias"]) if with_bias else None
+        yield scan.from_h(sums["bias"]).clone() if with_bias else None
         yield sums.get("weight_hr")
-        if self.weight_talk is None:
-            yield from (None,) * 4
-            return
-        talk = sums["talk"].view(n, self.p, s.comm_heads, -1)
-        ask, show, tell = (part.flatten(2).contiguous() for part in talk.split([s.comm_key, s.comm_key, s.comm_value], -1))
-        yield ask / self.comm_root
+        talk = torch.split(
+            sums["talk"].view(scan.n, scan.p, s.comm_heads, -1), [s.comm_key, s.comm_key, s.comm_value], -1
+        ) if s.comm_heads else ()  # fmt: skip
+        ask, show, tell = (part.flatten(2).contiguous() for part in talk) if talk else (None,) * 3
+        yield None if ask is None else ask / scan.comm_root
         yield show
         yield tell
-        yield sums["output"]
+        yield sums.get("output")
 
 
 def check(tensors: Sequence[Any], sizes: Sequence[Any]) -> None:
-    """A ``RuntimeError`` that names the first tensor, or size, that does not fit the others: the kernels take them as they are."""
+    """A ``RuntimeError`` that names the first tensor or size that does not fit the others: a kernel would not notice."""
 
     def fail(what: str) -> None:
         raise RuntimeError(f"rim_rnn: {what}")
@@ -413,7 +394,10 @@ def check(tensors: Sequence[Any], sizes: Sequence[Any]) -> None:
         ("input_attention.key.weight", key, 2, 0, heads),
         ("input_attention.value.weight", value, 2, 0, heads),
         ("dynamics.weight_ih", weight_ih, 3, 2, 3 if c is None else 4),
-        *[(f"communication.{part}.weight", tensors[14 + i], 3, 2, comm_heads) for i, part in enumerate(("query", "key", "value"))],
+        *[
+            (f"communication.{part}.weight", tensors[14 + i], 3, 2, comm_heads)
+            for i, part in enumerate(("query", "key", "value"))
+        ],
     ):
         if name.startswith("c") and not comm_heads:
             continue
@@ -426,7 +410,10 @@ def check(tensors: Sequence[Any], sizes: Sequence[Any]) -> None:
     packed, bias, talks, layered = bool(batch_sizes), query_bias is not None, comm_heads > 0, h.shape[:-2]
     batch, size, rows = h.size(-2), key.size(1), x.numel() // max(1, x.size(-1))
     if packed and (
-        batch_sizes[0] != batch or min(batch_sizes) < 1 or sum(batch_sizes) != rows or list(batch_sizes) != sorted(batch_sizes)[::-1]
+        batch_sizes[0] != batch
+        or min(batch_sizes) < 1
+        or sum(batch_sizes) != rows
+        or list(batch_sizes) != sorted(batch_sizes)[::-1]
     ):
         fail(f"batch_sizes should begin at {batch}, never grow, and sum to {rows}, got {list(batch_sizes)}")
     if not s.projected and s.u != s.p:
@@ -515,28 +502,28 @@ def _call(arguments: Sequence[Any]) -> Scan:
     return Scan(machines[tensors[0].device.type], tensors, sizes)
 
 
-def _infer(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _infer(*arguments: Any) -> tuple[Any, ...]:
     return _forward(arguments, keep=False)[:3]
 
 
-def _scan(*arguments: Any) -> tuple[Tensor, ...]:
+def _scan(*arguments: Any) -> tuple[Any, ...]:
     return _forward(arguments, keep=True)
 
 
-def _forward(arguments: Sequence[Any], keep: bool) -> Any:
+def _forward(arguments: Sequence[Any], keep: bool) -> tuple[Any, ...]:
     x, h, c, *_ = arguments
     with torch.autocast(x.device.type, enabled=False):
         scan = _call(arguments)
         output, h_n, c_n, *kept = scan.forward(keep)
-    c_n = x.new_empty(0, scan.n * scan.u) if c_n is None else c_n.view_as(c)
-    return output.view(*x.shape[:-1], -1), h_n.view_as(h), c_n, *kept
+    c_n = x.new_empty(0, scan.n * scan.u) if c_n is None else c_n.view(c.shape)
+    return output.view(*x.shape[:-1], -1), h_n.view(h.shape), c_n, *kept
 
 
 def _scan_backward(*arguments: Any) -> list[Tensor]:
     *grads, output, winners, saved, input_grad = arguments[:7]
     tensors = arguments[7 : 7 + NUM_TENSORS]
     with torch.autocast(output.device.type, enabled=False):
-        found = _call(arguments[7:]).backward(grads, output, winners, saved, input_grad)
+        found = Backward(_call(arguments[7:]), grads, output, winners, saved, input_grad).run()
     found[0] = output.new_empty(0) if found[0] is None else found[0]
     return [g.view_as(t) if g.numel() else g for g, t in zip(found, tensors, strict=False) if g is not None]
 

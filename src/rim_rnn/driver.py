@@ -161,9 +161,7 @@ class Machine(Protocol):
     def resident(self, kernel: Any, layout: Layout, shared: int, device: torch.device) -> int:
         """How many blocks of it the device runs at one time, with so many bytes of ``shared`` memory each."""
 
-    def launch(
-        self, kernel: Any, layout: Layout, blocks: int, shared: int, words: Sequence[Any], device: torch.device
-    ) -> None:
+    def launch(self, kernel: Any, layout: Layout, blocks: int, shared: int, words: Sequence[Any], device: torch.device) -> None:
         """Start so many blocks of it on the device's current stream, with these members of its only argument."""
 
 
@@ -316,7 +314,7 @@ MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 
 
 class Driver:
-    """The machine of ``torch.cuda``. It loads its libraries when it is first asked, and compiles a kernel when it first needs it."""
+    """The machine of ``torch.cuda``. Libraries are loaded when it is first asked, a kernel compiled when it is first needed."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -360,11 +358,11 @@ class Driver:
 
     @cache  # noqa: B019 (there is one, and it stays)
     def limits(self, device: torch.device) -> Limits:
-        of = torch.cuda.get_device_properties(device)
+        of: Any = torch.cuda.get_device_properties(device)
         return Limits(of.major * 10 + of.minor, of.shared_memory_per_block_optin, of.multi_processor_count)
 
     def kernel(self, name: str, layout: Layout, device: torch.device) -> Any:
-        key = (torch.cuda._get_device_index(device, optional=True), name, layout)
+        key = (torch.cuda.current_device() if device.index is None else device.index, name, layout)
         with self._lock:
             if key not in self._kernels:
                 compiler = self.compiler
@@ -389,9 +387,7 @@ class Driver:
             )
         return count.value * self.limits(device).multiprocessors
 
-    def launch(
-        self, kernel: Any, layout: Layout, blocks: int, shared: int, words: Sequence[Any], device: torch.device
-    ) -> None:
+    def launch(self, kernel: Any, layout: Layout, blocks: int, shared: int, words: Sequence[Any], device: torch.device) -> None:
         arguments, attribute = packed(words), LaunchAttribute(CLUSTER_DIMENSION if layout.cluster else COOPERATIVE)
         for i, value in enumerate((layout.sizes.n, 1, 1) if layout.cluster else (1,)):
             attribute.value[i] = value

@@ -71,6 +71,7 @@ class ThreadsOfACPU:
         at_once: How many blocks run at one time, where they are no clusters.
         sources: What stands in the place of files of ``cusrc/``: mutants.
         sanitizer: One of :data:`SANITIZERS`. Kernels run in a process of their own then, where each tensor is an allocation.
+            By default what RIM_RNN_SANITIZER names.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class ThreadsOfACPU:
         sources: Mapping[str, str] | None = None,
         sanitizer: str | None = None,
     ) -> None:
+        sanitizer = sanitizer or os.environ.get("RIM_RNN_SANITIZER")
         self._limits, self.at_once, self.flags = limits, at_once, SANITIZERS[sanitizer] if sanitizer else ()
         self.sources = {name: path.read_text() for name, path in SOURCES.items()} | dict(sources or {})
         self.launches: list[tuple[str, Layout, int]] = []
@@ -92,7 +94,11 @@ class ThreadsOfACPU:
 
     def kernel(self, name: str, layout: Layout, device: torch.device) -> tuple[str, Path]:
         run = RUN.format(name=name, kind=name.capitalize())
-        texts = {"sizes.h": layout.text(), "common.cuh": self.sources["common.cuh"], "device.cuh": (HERE / "device.cuh").read_text()}
+        texts = {
+            "sizes.h": layout.text(),
+            "common.cuh": self.sources["common.cuh"],
+            "device.cuh": (HERE / "device.cuh").read_text(),
+        }
         texts["kernel.cu"] = self.sources[f"{name}.cu"] + run
         return name, compiled(texts, "kernel.cu", *FLAGS, *self.flags)
 
@@ -118,7 +124,9 @@ class ThreadsOfACPU:
                 {name: (HERE / name).read_text() for name in ("device.cuh", "grid.cpp")},
                 *("grid.cpp", "-std=c++20", "-O1", "-pthread", "-rdynamic", "-DPROGRAM", *self.flags, "-ldl"),
             )
-            still = ["setarch", "-R"] if shutil.which("setarch") else []  # ThreadSanitizer wants addresses where they always are
+            still = (
+                ["setarch", "-R"] if shutil.which("setarch") else []
+            )  # ThreadSanitizer wants addresses where they always are
             done = subprocess.run([*still, program, library, file.name], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(done.stderr[:4000] or f"{name} ended with {done.returncode}")
