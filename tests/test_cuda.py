@@ -409,18 +409,6 @@ def test_a_missing_barrier_is_noticed(file: str, old: str, case: dict[str, Any],
         assert_equal_paths(machine, {"steps": 2, "batch": 3, **case}, monkeypatch)
 
 
-def test_code_of_the_page_runs_or_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "on_a_gpu.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
-    try:
-        exec(code, {})
-    except SystemExit as needed:
-        assert not torch.cuda.is_available()
-        assert str(needed) == "This needs a GPU that torch.cuda finds."
-    else:
-        assert capsys.readouterr().out.endswith("by graphs\n")
-
-
 # What compiles them for a GPU.
 
 DEVICES = {
