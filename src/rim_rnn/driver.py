@@ -340,6 +340,7 @@ class Driver:
             kind = torch.OutOfMemoryError if failed == 2 else torch.AcceleratorError
             raise kind(f"rim_rnn: {name} failed with CUDA error {failed}: {text}")
 
+    @cache  # noqa: B019 (there is one, and it stays)
     def unavailable(self, device: torch.device) -> str | None:
         if torch.version.hip is not None:
             return "the kernels are for CUDA, and this torch is for ROCm"
@@ -356,7 +357,7 @@ class Driver:
             return f"NVRTC {compiler.version} does not know compute capability {architecture / 10}"
         return None
 
-    @cache  # noqa: B019 (there is one, and it stays)
+    @cache  # noqa: B019
     def limits(self, device: torch.device) -> Limits:
         of: Any = torch.cuda.get_device_properties(device)
         return Limits(of.major * 10 + of.minor, of.shared_memory_per_block_optin, of.multi_processor_count)

@@ -5,6 +5,7 @@ extern "C" float expf(float), tanhf(float), fmaxf(float, float), fabsf(float);  
 
 #define __device__
 #define __global__
+#define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 

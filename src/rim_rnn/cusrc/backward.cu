@@ -244,7 +244,7 @@ struct ScanBackward {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(threads) backward(const BackwardArguments a) {
+extern "C" __global__ void __launch_bounds__(threads) backward(const __grid_constant__ BackwardArguments a) {
   BackwardMemory& s = *reinterpret_cast<BackwardMemory*>(shared_memory());
   const int j = blockIdx.x % n, group = blockIdx.x / n, groups = gridDim.x / n;
   s.weight_hh.keep(a.weight_hh, j);

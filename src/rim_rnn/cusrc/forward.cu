@@ -233,7 +233,7 @@ struct Scan {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(threads) forward(const ForwardArguments a) {
+extern "C" __global__ void __launch_bounds__(threads) forward(const __grid_constant__ ForwardArguments a) {
   ForwardMemory& s = *reinterpret_cast<ForwardMemory*>(shared_memory());
   const int j = blockIdx.x % n, group = blockIdx.x / n, groups = gridDim.x / n;
   s.weight_hh.keep(a.weight_hh, j);
