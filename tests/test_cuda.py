@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+
 import os
 import random
 import re
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from rim_rnn import RIM, RIMCell, cuda, native, record
-from rim_rnn.driver import SOURCES, Compiler, Driver, Layout, Limits, Sizes, lay_out
+from rim_rnn.driver import SOURCES, Compiler, Driver, Layout, Limits, Sizes, lay_out, libraries
 
 needs_a_compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which(COMPILER) is None, reason="g++ makes the kernels run on a CPU, on Linux"
@@ -423,7 +423,7 @@ PAPER = Sizes(6, 4, 100, 100, 1, 4, 32, 32, lstm=True, projected=False, bounded=
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="NVRTC comes with the extra nvrtc, and is not here")
+@pytest.mark.skipif(not libraries(), reason="NVRTC comes with the extra nvrtc, and is not here")
 @pytest.mark.parametrize("architecture", DEVICES)
 @pytest.mark.parametrize("name", ["forward", "backward"])
 def test_compiles_for_every_architecture(architecture: int, name: str) -> None:

@@ -464,7 +464,7 @@ class _Cuda(FastPath):
 
     def declines(self, input: Tensor) -> str | None:
         if not self.serves(input.device):
-            return f"the input is on {input.device}, not on a GPU"
+            return "the input is not on a GPU"
         if not IS_ON:
             return "the kernels for GPUs have been checked on a CPU only, and RIM_RNN_CUDA=1 turns them on"
         if is_switched_off():

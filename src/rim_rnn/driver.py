@@ -196,13 +196,14 @@ class Compiler:
     caches, unless ``USE_PYTORCH_KERNEL_CACHE=0``.
 
     Raises:
-        OSError: There is no NVRTC. The message says where it was looked for.
+        OSError: There is no NVRTC.
     """
 
     def __init__(self) -> None:
-        found = [path for folder in library_folders() for path in sorted(folder.glob("libnvrtc.so*"))]
+        of_torch = (torch.version.cuda or "").partition(".")[0]  # where there are several: a newer one needs a newer driver
+        found = sorted(libraries(), key=lambda path: (path.name.endswith(f".{of_torch}"), path.name))
         if not found:
-            raise OSError(f"NVRTC is in none of {', '.join(map(str, library_folders())) or 'the folders of nvidia'}")
+            raise OSError("NVRTC was not found, which torch for CUDA brings on Linux")
         library = found[-1]
         for builtins in library.parent.glob("libnvrtc-builtins.so*"):
             ctypes.CDLL(str(builtins))  # NVRTC looks for it by its name alone
@@ -279,12 +280,11 @@ class Compiler:
         return cubin
 
 
-def library_folders() -> list[Path]:
-    """Where NVRTC may be, of the version that torch is for, if it is for one."""
+def libraries() -> list[Path]:
+    """Every NVRTC among the packages of NVIDIA."""
     nvidia = importlib.util.find_spec("nvidia")
-    places = [Path(place) for place in (nvidia.submodule_search_locations or ()) if nvidia] if nvidia else []
-    places = [*(place / "cuda_nvrtc" / "lib" for place in places), *(f for place in places for f in place.glob("cu*/lib"))]
-    return [place for place in places if any(place.glob("libnvrtc.so*"))]
+    places = [Path(place) for place in nvidia.submodule_search_locations or ()] if nvidia else []
+    return [path for place in places for path in place.glob("*/lib/libnvrtc.so.*")]
 
 
 def cache_folder() -> Path | None:
