@@ -371,14 +371,15 @@ class Backward:
         yield scan.from_input(sums["bias"]) if with_bias else None
         yield scan.from_h(sums["bias"]).clone() if with_bias else None
         yield sums.get("weight_hr")
-        talk = torch.split(
-            sums["talk"].view(scan.n, scan.p, s.comm_heads, -1), [s.comm_key, s.comm_key, s.comm_value], -1
-        ) if s.comm_heads else ()  # fmt: skip
-        ask, show, tell = (part.flatten(2).contiguous() for part in talk) if talk else (None,) * 3
-        yield None if ask is None else ask / scan.comm_root
+        if not s.comm_heads:
+            yield from (None,) * 4
+            return
+        talk = torch.split(sums["talk"].view(scan.n, scan.p, s.comm_heads, -1), [s.comm_key, s.comm_key, s.comm_value], -1)
+        ask, show, tell = (part.flatten(2).contiguous() for part in talk)
+        yield ask / scan.comm_root
         yield show
         yield tell
-        yield sums.get("output")
+        yield sums["output"]
 
 
 def check(tensors: Sequence[Any], sizes: Sequence[Any]) -> None:
