@@ -10,6 +10,7 @@ every output and every gradient of this one against it, on a CPU. **It has not r
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -483,7 +484,10 @@ class _Cuda(FastPath):
         c = None if cell.rnn_cell == "GRU" else input
         sizes = scan_sizes([input, input, c, *found, None, None], sizes_of(cell, None, False))
         layout = lay_out(sizes, 1, machines[input.device.type].limits(input.device))
-        return layout if isinstance(layout, str) else found
+        if isinstance(layout, str):
+            return layout
+        _register()
+        return found
 
     def told(self, input: Tensor) -> tuple[Any, ...]:
         return ()
@@ -535,6 +539,11 @@ def _define() -> None:
         torch.library.impl(f"rim_rnn::{name}", "CompositeExplicitAutograd", function)
 
 
+@cache
+def _register() -> None:
+    """When a call first needs it: it makes torch import more of itself."""
+    OPERATOR.register(_define)
+
+
 OPERATOR = _Cuda()
-OPERATOR.register(_define)
 scan, supports = OPERATOR.scan, OPERATOR.supports
