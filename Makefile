@@ -39,8 +39,8 @@ $(VENV)/packages: $(VENV)/examples
 	@touch $@
 
 $(VENV)/tools: $(VENV)/packages
-	@echo "=== $(VENV): the tools whose tests run with the layer inside"
-	$(PIP) 'rim-rnn[tools]'
+	@echo "=== $(VENV): the tools whose tests run with the layer inside, and NVRTC"
+	$(PIP) 'rim-rnn[nvrtc,tools]'
 	@touch $@
 
 $(VENV)/release: $(VENV)/packages
@@ -102,7 +102,7 @@ check:
 
 # Without the operator: not the cases that choose the readable path themselves, nor files in which the path makes no difference, or
 # which take the readable one anyway
-ONCE := changed docs examples graphs mutants package speed typing
+ONCE := changed cuda docs examples graphs mutants package speed typing
 readable: $(VENV)/packages
 	RIM_RNN_NATIVE=0 nice $(PYTEST) --quiet -m 'not tools' -k 'not readable]' $(foreach name,$(ONCE),--ignore tests/test_$(name).py)
 

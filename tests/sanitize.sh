@@ -1,13 +1,18 @@
 #!/bin/sh
-# The native operator under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The native operator under AddressSanitizer and UndefinedBehaviorSanitizer, and the kernels for GPUs, on a CPU.
 #
 #     sh tests/sanitize.sh                      # the small cases of tests/test_native.py
 #     sh tests/sanitize.sh 'row or stride'      # those with these words
 #     sh tests/sanitize.sh hostile              # 400 cases of tests/hostile.py
 #     sh tests/sanitize.sh hostile --seed 3     # with its arguments
+#     sh tests/sanitize.sh gpu thread           # tests/test_cuda.py, at 40 drawn sizes, under ThreadSanitizer
+#     sh tests/sanitize.sh gpu address          # under AddressSanitizer
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
+if [ "${1:-}" = gpu ]; then
+    RIM_RNN_SANITIZER=$2 RIM_RNN_GPU_CASES=40 exec "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k equals
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r src/rim_rnn "$work"

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rim_rnn import RIM, RIMCell, record
+from rim_rnn import RIM, RIMCell, cuda, record
+from rim_rnn.operator import plain_parameters, run, sizes_of
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator is here")
 
@@ -209,3 +210,43 @@ def test_compiled_it_computes_the_same() -> None:
     rnn = RIM(5, 24, device=there, dtype=torch.float64)
     x = normal(4, 3, 5, seed=1).to(there)
     assert_same(torch.compile(rnn)(x), rnn(x), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.skipif(there.type != "cuda", reason="the kernels are CUDA's")
+@pytest.mark.parametrize("sizes", [(5, 24, 4), (64, 600, 6), (128, 1024, 6)])
+@pytest.mark.parametrize("batch", [1, 3, 64, 257])
+@kinds
+def test_the_kernels_compute_what_the_cpu_does(
+    kind: dict[str, Any], batch: int, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where the CPU is given the winners: bids that nearly tie are another's there. And the same bits twice."""
+    monkeypatch.setattr(cuda, "IS_ON", True)
+    torch.manual_seed(0)
+    input_size, hidden_size, num_units = sizes
+    options = {name: value for name, value in kind.items() if name not in ("num_layers", "bidirectional", "batch_first")}
+    cell = RIMCell(input_size, hidden_size // num_units * num_units, num_units=num_units, **options)
+    x, state = torch.randn(20, batch, input_size), [torch.randn(batch, size) for size in cell.state_sizes().values()]
+    moved = copy.deepcopy(cell).to(there)
+    assert cuda.supports(moved, x.to(there), tuple(s.to(there) for s in state)) is None
+
+    def results(tensors: list[Any], cell: RIMCell[Any]) -> tuple[list[Tensor], Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        output, last, traces = cuda.scan(cell, leaves[0], tuple(leaves[1:]), record=True)  # type: ignore[misc]
+        made = [output, *last]
+        found = torch.autograd.grad(sum(m.square().sum() for m in made), [*leaves, *cell.parameters()], allow_unused=True)
+        return [*made, *(g for g in found if g is not None)], torch.cat([trace.active.t() for trace in traces])
+
+    ours, active = results([t.to(there) for t in (x, *state)], moved)
+    again, _ = results([t.to(there) for t in (x, *state)], moved)
+    for first, second in zip(ours, again, strict=True):
+        assert torch.equal(first, second)
+    leaves = [t.requires_grad_() for t in (x, *state)]
+    parameters = plain_parameters(cell, x, tuple(state))
+    assert not isinstance(parameters, str)
+    tensors = [x, state[0], state[1] if len(state) == 2 else None, *parameters, None, None]
+    winners = active.cpu().nonzero()[:, 1].view(-1, cell.k)
+    made = run(tensors, sizes_of(cell, None, False), winners)
+    found = torch.autograd.grad(sum(m.square().sum() for m in made), [*leaves, *cell.parameters()], allow_unused=True)
+    theirs = [*made, *(g for g in found if g is not None)]
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our.cpu() - their).norm() <= 1e-5 * their.norm()

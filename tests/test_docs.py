@@ -48,6 +48,17 @@ def test_code_of_the_readme_runs_as_it_stands(capsys: pytest.CaptureFixture[str]
         assert capsys.readouterr().out.splitlines() == re.findall(r"^print\(.*\)  # (.+)$", block, flags=re.MULTILINE)
 
 
+def test_code_of_the_page_on_gpus_runs_or_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "on_a_gpu.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    if torch.cuda.is_available():
+        exec(code, {})
+        assert capsys.readouterr().out.endswith("by graphs\n")
+    else:
+        with pytest.raises(SystemExit, match="This needs a GPU"):
+            exec(code, {})
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(rf"\]\({SITE}([^)]+)\)", README))))
 def test_links_of_the_readme_lead_to_a_page(link: str) -> None:
     """Offline: to what a page is made from, and to the label or the heading in it."""

@@ -28,6 +28,7 @@ from rim_rnn.step import Step
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "rim_rnn"
 MODULES = {path.name for path in SOURCES.glob("*.py")}
+KERNELS = {f"cusrc/{path.name}" for path in (SOURCES / "cusrc").iterdir()}
 
 # ---------------------------------------------------------------- the distribution
 
@@ -63,7 +64,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_wheel_holds_the_modules_and_the_licence(archives: dict[str, Path]) -> None:
     names = zipfile.ZipFile(archives["wheel"]).namelist()
     package = {name for name in names if ".dist-info/" not in name}
-    assert package == {f"rim_rnn/{name}" for name in MODULES | {"py.typed"}}
+    assert package == {f"rim_rnn/{name}" for name in MODULES | KERNELS | {"py.typed"}}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert archives["wheel"].name == f"rim_rnn-{rim_rnn.__version__}-py3-none-any.whl"
 
@@ -73,7 +74,7 @@ def test_source_distribution_holds_what_a_build_needs(archives: dict[str, Path])
     with tarfile.open(archives["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "src/rim_rnn/py.typed"} <= names
-    assert {f"src/rim_rnn/{name}" for name in MODULES} <= names
+    assert {f"src/rim_rnn/{name}" for name in MODULES | KERNELS} <= names
     assert {f"src/rim_rnn/csrc/{path.name}" for path in (SOURCES / "csrc").glob("*.*")} <= names
     assert not [name for name in names if name.split("/")[0] in ("examples", "docs")]
 
@@ -97,7 +98,7 @@ def test_metadata(archives: dict[str, Path]) -> None:
     metadata = email.message_from_bytes(archive.read(path))
     required = [entry for entry in metadata.get_all("Requires-Dist", []) if "extra ==" not in entry]
     assert sorted(re.split(r"[^\w-]", entry)[0] for entry in required) == ["torch", "typing-extensions"]
-    assert metadata.get_all("Provides-Extra") == ["examples", "docs", "test", "release", "tools"]
+    assert metadata.get_all("Provides-Extra") == ["examples", "docs", "test", "release", "nvrtc", "tools"]
     assert metadata["Version"] == rim_rnn.__version__
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Requires-Python"] == ">=3.10"
@@ -415,6 +416,8 @@ def test_imports_run_one_way() -> None:
         "readable",
         "fast",
         "native",
+        "driver",
+        "cuda",
         "cell",
         "layout",
         "layer",

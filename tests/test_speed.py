@@ -672,6 +672,7 @@ def test_a_page_is_written_and_checked(document: dict[str, Any], tmp_path: Path)
         *((log, "docs/performance.md") for log in ("native", "ablations")),
         *((f"{folder}/native", "docs/performance.md") for folder in ("avx2", "kept-memory", "last", "last-avx2")),
         ("gpu/cuda", "docs/performance.md"),
+        ("gpu/cuda", "docs/on_a_gpu.md"),
     ],
 )
 def test_a_page_has_the_figures_of_the_committed_log(log: str, page: str) -> None:

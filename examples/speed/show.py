@@ -388,6 +388,17 @@ def terms_table(document: Entry, stem: str) -> str:
     return "\n\n".join([*parts, origin(document), commands(document)])
 
 
+def ways_table(document: Entry, stem: str) -> str:
+    """On a GPU: the layer call by call, compiled, and as a CUDA graph, timed in turns."""
+    rows = [["`RIM`", "call by call", "`torch.compile`", "as a CUDA graph", "call by call / graph"]]
+    for entry in document["compiled"].values():
+        for way, title in WAYS.items():
+            row = [f"{entry['sizes']}, {title}"]
+            row += [f"{figure(milliseconds(entry, way, name))} ms" for name in ("RIM", "compiled", "RIM, graph")]
+            rows.append([*row, times(ratios(entry, way, "RIM", "RIM, graph")[1])])
+    return "\n\n".join([grid(rows, 1), f"Medians of rounds in turns. {origin(document)}"])
+
+
 def tables(document: Entry, stem: str) -> dict[str, str]:
     """Every table of a document under the name of its marks. `stem`: the JSON without its ending, as a page refers to it.
 
@@ -396,6 +407,8 @@ def tables(document: Entry, stem: str) -> dict[str, str]:
     folder = Path(stem).parent.name
     short = {"in short": in_short(document, stem)} if "paper" in document.get("cases", {}) else {}
     if folder not in ("", "results"):
+        if any("RIM, graph" in entry["seconds"]["forward"] for entry in document.get("compiled", {}).values()):
+            short["ways"] = ways_table(document, stem)
         return {folder: terms_table(document, stem)} | {f"{folder}, {name}": table for name, table in short.items()}
     makers = {
         "speed": cases_table,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict, TypeVar, Unpack, override
 
-from rim_rnn import native, readable
+from rim_rnn import cuda, native, readable
 from rim_rnn.arguments import (
     check_bool,
     check_int,
@@ -28,7 +28,7 @@ from rim_rnn.step import Step, over_time
 from rim_rnn.surroundings import autocast_result_dtype, check_alike, leaf, refuse_to_script
 from rim_rnn.units import divide, reset, unite
 
-PATHS = (native.scan, readable.scan, readable.loop, readable.unrolled)
+PATHS = (cuda.scan, native.scan, readable.scan, readable.loop, readable.unrolled)
 """Other ways to run :meth:`Step.scan`. Each returns ``None`` for a call that it does not take; the first that does has it."""
 
 StateT = TypeVar("StateT", default=tuple[Tensor, Tensor])

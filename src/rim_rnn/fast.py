@@ -72,10 +72,16 @@ class FastPath(abc.ABC):
     before the first scan.
     """
 
+    name: str
+    """What :meth:`RIM.path` calls it."""
     names: tuple[str, str, str]
     """Of the three operators."""
     options: str
-    """What they take behind :data:`SCHEMA`, as a schema has it."""
+    """What they take behind :data:`SCHEMA`, as a schema has it: nothing, or ``", "`` first."""
+
+    @abc.abstractmethod
+    def serves(self, device: torch.device) -> bool:
+        """Whether it is for tensors on this device, and its reason to decline the one to tell."""
 
     @abc.abstractmethod
     def declines(self, input: Tensor) -> str | None:
@@ -90,13 +96,13 @@ class FastPath(abc.ABC):
         """The number of elements in ``saved`` for so many rows of all steps, with ``talk`` heads of the communication."""
 
     @abc.abstractmethod
-    def heard(self, saved: Tensor, rows: int, n: int, k: int, talk: int) -> Tensor:
+    def heard(self, saved: Tensor, winners: Tensor, n: int, talk: int) -> Tensor:
         """How much each winner took from each unit, ``(rows, talk, k, n)``, from what was saved."""
 
     def schemas(self) -> dict[str, str]:
         """What the operators take and return, by name."""
         infer, scan, backward = self.names
-        results, takes = "Tensor output, Tensor h_n, Tensor c_n", f"{SCHEMA}, {self.options}"
+        results, takes = "Tensor output, Tensor h_n, Tensor c_n", f"{SCHEMA}{self.options}"
         return {
             infer: f"({takes}) -> ({results})",
             scan: f"({takes}) -> ({results}, Tensor winners, Tensor saved)",
@@ -217,7 +223,7 @@ class FastPath(abc.ABC):
         a_input = cell.input_attention.attend(cell.input_attention.bid(divide(torch.cat(before), n), key))
         active = winners.new_zeros(total, n, dtype=torch.bool).scatter(1, winners.long(), True).t()
         readers = winners.long().view(total, 1, k, 1).expand(total, heads, k, n)
-        communication = saved.new_zeros(total, heads, n, n).scatter(2, readers, self.heard(saved, total, n, k, heads))
+        communication = saved.new_zeros(total, heads, n, n).scatter(2, readers, self.heard(saved, winners, n, heads))
         parts = torch.split(active, rows, dim=1), torch.split(a_input, rows, dim=1), torch.split(communication, rows)
         return [Trace(*step) for step in zip(*parts, strict=True)]
 

@@ -21,8 +21,12 @@ ISAS = ("baseline", "avx2", "avx512")
 
 
 class _Native(FastPath):
+    name = "native"
     names = "infer", "scan", "scan_backward"
-    options = "bool rounded"
+    options = ", bool rounded"
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     def declines(self, input: Tensor) -> str | None:
         if _unavailable is not None:
@@ -43,7 +47,8 @@ class _Native(FastPath):
     def size_saved(self, rows: int, n: int, p: int, u: int, lstm: bool, k: int, heads: int, talk: int, bounded: bool) -> int:
         return rows * k * (heads + (5 if lstm else 4) * u + (2 if bounded and talk else 1) * p + talk * n)
 
-    def heard(self, saved: Tensor, rows: int, n: int, k: int, talk: int) -> Tensor:
+    def heard(self, saved: Tensor, winners: Tensor, n: int, talk: int) -> Tensor:
+        rows, k = winners.shape
         # The end of `saved`, (row, unit that is read, winner, head): csrc/problem.h.
         return saved[saved.numel() - rows * n * k * talk :].view(rows, n, k, talk).permute(0, 3, 2, 1)
 
