@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as scan_operator
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.utils import parametrize
 
 from rim_rnn.dynamics import State
@@ -43,6 +42,13 @@ UNROLLED = 16
 leaves their number open, as it does from the second number on that it is shown: then one graph serves all."""
 
 
+def _is_short(steps: int) -> bool:
+    """Whether a compiler knows that there are no more than :data:`UNROLLED` steps, and not only of its example."""
+    shapes: Any = torch.fx.experimental.symbolic_shapes  # a compiler has imported it, `import torch` has not
+    short: bool = shapes.statically_known_true(steps <= UNROLLED)
+    return short
+
+
 def scan(
     cell: Any, input: Tensor, state: State, batch_sizes: Sequence[int] | None, reverse: bool, record: bool
 ) -> tuple[Tensor, State, list[Trace]] | None:
@@ -52,7 +58,7 @@ def scan(
     compiling = torch.compiler.is_compiling()
     graph = compiling or (type(input) is FakeTensor and is_traced_by_fx())  # make_fx, with shapes alone
     if graph:
-        if is_exporting() or record or autocast_dtype(input.device) or (compiling and statically_known_true(steps <= UNROLLED)):
+        if is_exporting() or record or autocast_dtype(input.device) or (compiling and _is_short(steps)):
             return None
         parameters = plain_parameters(cell, input, state)
     else:
