@@ -1517,7 +1517,11 @@ def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
     with pytest.raises(SystemExit, match="other arguments: epochs 2, not 4; lr_schedule constant, not cosine"):
         command(study_report, text=STUDY.replace("epochs = 2", 'epochs = 4\nlr_schedule = "cosine"'))
     log = rim.log_dir(tmp_path / "runs", 0) / checkpoint.METRICS
-    log.write_text(log.read_text().replace('"ema": 0.0, ', ""))  # from before there was that argument
+    text = log.read_text()
+    log.write_text(text.replace('"task"', '"parameters": 5, "task"', 1))
+    with pytest.raises(SystemExit, match="seeds of RIM 3/2 have 0 and 5 parameters: a default of the layer was another one"):
+        command(study_report)
+    log.write_text(text.replace('"ema": 0.0, ', ""))  # from before there was that argument
     command(study_report)
     with pytest.raises(SystemExit, match=r"other arguments: ema 0\.0, not 0\.9"):
         command(study_report, text=STUDY.replace("epochs = 2", "epochs = 2\nema = 0.9"))
