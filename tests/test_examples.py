@@ -1242,7 +1242,10 @@ def test_a_broken_checkpoint_is_refused_before_anything_is_overwritten(
         (lambda s: s.pop("best"), "it has no dict named best"),
         (lambda s: s.pop("sizes"), "sizes.14 is missing"),
         (lambda s: s["sizes"].update({"15": {}}), "sizes.15.model is missing"),
-        (lambda s: s["sizes"]["14"]["model"].update({QUERY: torch.ones(2)}), f"sizes.14.model.{QUERY} is torch.float32"),
+        (
+            lambda s: s["sizes"]["14"].update(model=s["sizes"]["14"]["model"] | {QUERY: torch.ones(2)}),
+            f"sizes.14.model.{QUERY} is torch.float32",
+        ),
         (lambda s: s["sizes"]["15"].update(step=3), "sizes.15.step is 3, and the log has no validation there"),
         (lambda s: s["progress"].update(held_out=3), "progress.held_out is of type int, expected list"),
         (lambda s: s["progress"].update(held_out=[{"step": 3}]), "progress.held_out.0.valid_accuracy is missing"),
