@@ -1242,7 +1242,10 @@ def test_a_broken_checkpoint_is_refused_before_anything_is_overwritten(
         (lambda s: s.pop("best"), "it has no dict named best"),
         (lambda s: s.pop("sizes"), "sizes.14 is missing"),
         (lambda s: s["sizes"].update({"15": {}}), "sizes.15.model is missing"),
-        (lambda s: s["sizes"]["14"]["model"].update({QUERY: torch.ones(2)}), f"sizes.14.model.{QUERY} is torch.float32"),
+        (
+            lambda s: s["sizes"]["14"].update(model=s["sizes"]["14"]["model"] | {QUERY: torch.ones(2)}),
+            f"sizes.14.model.{QUERY} is torch.float32",
+        ),
         (lambda s: s["sizes"]["15"].update(step=3), "sizes.15.step is 3, and the log has no validation there"),
         (lambda s: s["progress"].update(held_out=3), "progress.held_out is of type int, expected list"),
         (lambda s: s["progress"].update(held_out=[{"step": 3}]), "progress.held_out.0.valid_accuracy is missing"),
@@ -1517,7 +1520,11 @@ def test_the_table_has_mean_and_spread_of_the_chosen_epoch_and_the_last(
     with pytest.raises(SystemExit, match="other arguments: epochs 2, not 4; lr_schedule constant, not cosine"):
         command(study_report, text=STUDY.replace("epochs = 2", 'epochs = 4\nlr_schedule = "cosine"'))
     log = rim.log_dir(tmp_path / "runs", 0) / checkpoint.METRICS
-    log.write_text(log.read_text().replace('"ema": 0.0, ', ""))  # from before there was that argument
+    text = log.read_text()
+    log.write_text(text.replace('"task"', '"parameters": 5, "task"', 1))
+    with pytest.raises(SystemExit, match="seeds of RIM 3/2 have 0 and 5 parameters: a default of the layer was another one"):
+        command(study_report)
+    log.write_text(text.replace('"ema": 0.0, ', ""))  # from before there was that argument
     command(study_report)
     with pytest.raises(SystemExit, match=r"other arguments: ema 0\.0, not 0\.9"):
         command(study_report, text=STUDY.replace("epochs = 2", "epochs = 2\nema = 0.9"))

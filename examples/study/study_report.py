@@ -80,6 +80,12 @@ def collect(rows: list[Row], folder: Path) -> list[Group]:
     for row in rows:
         logs = [(seed, row.epochs(folder, seed) or [{}]) for seed in row.seeds]
         runs = [Run(row, seed, log[0], log[1:]) for seed, log in logs]
+        sizes = sorted({run.header.get("parameters", 0) for run in runs if run.header})
+        if len(sizes) > 1:
+            raise StudyError(
+                f"{folder}: seeds of {row.name} have {' and '.join(map(str, sizes))} parameters: a default of the layer was "
+                "another one when some of them ran; the row has to name it"
+            )
         done = [run for run in runs if run.finished]
         begun = [run for run in runs if run.epochs and not run.finished]
         rest = [run for run in runs if not run.epochs]
