@@ -509,7 +509,7 @@ OPTIONS = {
     "query_size_input": None,
     "num_input_heads": 1,
     "input_dropout": 0.0,
-    "key_size_comm": None,
+    "key_size_comm": 32,
     "value_size_comm": None,
     "query_size_comm": None,
     "num_comm_heads": 4,

@@ -27,19 +27,6 @@ def choose_k(num_units: int) -> int:
     return -(-2 * num_units // 3)
 
 
-def choose_sizes(unit: int) -> dict[str, int]:
-    """The default sizes that go by the state size of a unit: the paper's, which has units of 100, times that in eighths of it.
-
-    Of the values of the input attention at least half. No more than the paper's.
-    """
-    eighths = min(max(round(8 * unit / 100), 1), 8)
-    return {
-        "value_size_input": 4 * unit * max(eighths, 4) // 8,
-        "key_size_comm": 32 * eighths // 8,
-        "value_size_comm": 32 * eighths // 8,
-    }
-
-
 def plain_int(value: int) -> int:
     """An ``int`` from the integer of another library, such as ``numpy.int64``; anything else as it is."""
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from rim_rnn.dynamics import State
 from rim_rnn.intact import exactly_ours, oddity
 from rim_rnn.recording import Trace
 from rim_rnn.step import Step
-from rim_rnn.surroundings import is_exporting
+from rim_rnn.surroundings import is_exporting, is_fake
 
 PARAMETERS = (
     *(f"input_attention.{part}.{name}" for part in ("query", "key", "value") for name in ("weight", "bias")),
@@ -44,7 +43,7 @@ GRADS = "Tensor? grad_output, Tensor? grad_h, Tensor? grad_c"
 ELSEWHERE = "a parameter is not where the cell keeps it"  # as after pruning
 
 
-PLAIN = (nn.Parameter, Tensor, FakeTensor)
+PLAIN = (nn.Parameter, Tensor)
 """Tensors that are no more than that. Of a FakeTensor, which is a shape alone, an operator knows the shapes that it returns."""
 
 
@@ -73,7 +72,7 @@ def plain_parameters(cell: Any, input: Tensor, state: State) -> list[Tensor | No
     for tensor in (input, *state, *parameters):
         if tensor is None:
             continue
-        if type(tensor) not in PLAIN:
+        if type(tensor) not in PLAIN and not is_fake(tensor):
             return f"a {type(tensor).__name__} is not a plain tensor"
         if tensor.dtype is not dtype or tensor.is_cpu is not on_cpu:
             return "the tensors differ in dtype or device"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan as scan_operator
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from rim_rnn.dynamics import State
@@ -34,7 +33,7 @@ from rim_rnn.operator import (
 )
 from rim_rnn.recording import Trace
 from rim_rnn.step import Projected, Step
-from rim_rnn.surroundings import autocast_dtype, is_exporting, is_traced_by_fx
+from rim_rnn.surroundings import autocast_dtype, is_exporting, is_fake, is_traced_by_fx
 from rim_rnn.units import divide, unite
 
 UNROLLED = 16
@@ -56,7 +55,7 @@ def scan(
     as :class:`torch.nn.LSTM` does it, where parametrisations compute some; elsewhere ``None``."""
     steps = input.size(0) if batch_sizes is None else len(batch_sizes)
     compiling = torch.compiler.is_compiling()
-    graph = compiling or (type(input) is FakeTensor and is_traced_by_fx())  # make_fx, with shapes alone
+    graph = compiling or (is_fake(input) and is_traced_by_fx())  # make_fx, with shapes alone
     if graph:
         if is_exporting() or record or autocast_dtype(input.device) or (compiling and _is_short(steps)):
             return None

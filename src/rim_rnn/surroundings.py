@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
@@ -33,6 +32,12 @@ def autocast_result_dtype(given: torch.dtype, device: torch.device, lowered: boo
 def is_exporting() -> bool:
     """Whether torch.export is at work: what is_exporting() says, but under Dynamo of torch 2.10, which takes it for true."""
     return torch.compiler._is_exporting_flag
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is a FakeTensor, a shape alone; by name, for who imports that class waits for sympy, too."""
+    kind = type(tensor)
+    return kind.__name__ == "FakeTensor" and kind.__module__ == "torch._subclasses.fake_tensor"
 
 
 def is_traced_by_fx() -> bool:
@@ -66,7 +71,7 @@ def held_to_example(x: Tensor, batch_sizes: Tensor | None, sizes: list[int] | No
             f"{steps} steps and takes no other number. Trace one for each, or take torch.export.export, which can keep it open"
         )
     else:
-        if type(x) is not FakeTensor:  # one of which knows what its shape may be, and is given to an operator that does
+        if not is_fake(x):  # one of which knows what its shape may be, and is given to an operator that does
             torch.ops.aten._assert_tensor_metadata.default(x, x.shape)
         return x
     token = torch.zeros((), dtype=x.dtype, device="cpu")  # without which torch.jit would take the check for dead code
@@ -77,7 +82,7 @@ def held_to_example(x: Tensor, batch_sizes: Tensor | None, sizes: list[int] | No
 
 def numbers(batch_sizes: Tensor) -> list[int]:
     """Those of a PackedSequence, over which steps run; an error where a graph, or a fake tensor, leaves them open."""
-    if is_exporting() or torch.onnx.is_in_onnx_export() or type(batch_sizes) is FakeTensor:
+    if is_exporting() or torch.onnx.is_in_onnx_export() or is_fake(batch_sizes):
         raise RuntimeError(
             "RIM: how long the sequences of a PackedSequence are has to be known here, and batch_sizes leaves it open. Pass "
             "padded input, or under FakeTensorMode batch_sizes that was made outside of it"
