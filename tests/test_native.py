@@ -653,7 +653,7 @@ REASONS = [
         lambda cell: cell.input_attention.query.register_forward_pre_hook(lambda *a: None),
     ),
     Reason(
-        "dynamics is a ParametrizedLSTM",
+        "dynamics is a ParametrizedLongShortTerm",
         lambda cell: parametrize.register_parametrization(cell.dynamics, "weight_hh", nn.Identity()),
     ),
     Reason(
