@@ -55,6 +55,7 @@ RULES: dict[str, Callable[[int], dict[str, int]]] = {
     "keys in proportion": lambda u: sizes(8 * eighths(u), 4 * eighths(u), 4 * u),
     "values from 2u": lambda u: sizes(8 * eighths(u), 4 * eighths(u), u * max(eighths(u), 4) // 2),
     "values from u": lambda u: sizes(8 * eighths(u), 4 * eighths(u), u * max(eighths(u), 2) // 2),
+    "keys from 32, values from 2u": lambda u: sizes(8 * max(eighths(u), 4), 4 * eighths(u), u * max(eighths(u), 4) // 2),
     "keys of 64, values from 2u": lambda u: sizes(64, 4 * eighths(u), u * max(eighths(u), 4) // 2),
     "fewer heads": lambda u: sizes(8 * eighths(u), 32, u * max(eighths(u), 4) // 2, heads=max(1, eighths(u) // 2)),
 }
