@@ -634,8 +634,10 @@ def test_a_log_on_other_terms_has_one_table(document: dict[str, Any]) -> None:
     assert table.endswith("    python examples/speed/measure.py")
     assert list(show.tables(document, "../results/avx2/native")) == ["avx2", "avx2, in short"]
     assert "graphs" not in table
-    seconds = {"RIM, graph": [0.4, 0.4], "torch, graph": [0.01, 0.01]}
+    seconds = {"RIM": [2.0, 2.0], "compiled": [3.0, 3.0], "RIM, graph": [0.4, 0.4], "torch, graph": [0.01, 0.01]}
     document["compiled"] = {"paper": {**document["cases"]["paper"], "seconds": {"forward": seconds, "train": seconds}}}
+    ways = show.tables(document, "../results/gpu/cuda")["gpu, ways"].splitlines()
+    assert ways[2].endswith(" | 2,000 ms | 3,000 ms | 400 ms | 5.00 |")
     table = show.tables(document, "../results/gpu/cuda")["gpu"]
     assert "| as CUDA graphs |" in table
     assert "\n| paper | 400 ms | 0.0250 | 400 ms | 0.0250 |\n" in table

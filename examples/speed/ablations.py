@@ -150,7 +150,9 @@ ABLATIONS = [
         ),
     ),
     Ablation(
-        "heads whose length the compiler knows", LONG, ((STEP, "(size) % WIDTH<T> ? 0 : (size) / WIDTH<T>", "(size) * 0"),)
+        "heads whose length the compiler knows",
+        LONG,
+        ((STEP, "switch (s.comm_heads % TOGETHER<T>(size) ? 0 : (size))", "switch ((size) * 0)"),),
     ),
     Ablation(
         "weight gradients collected into products of 64 rows and more",
