@@ -71,7 +71,7 @@ demo: before-demo $(VENV)/examples $(VENV)/operator
 before-demo:
 	@echo "=== make demo: trains a RIM and an nn.LSTM on digits that ship with the examples, and draws what came of it."
 	@echo "    Four minutes on two cores, of which the first time half are setting up $(VENV):"
-	@echo "    it downloads torch and what the examples need, 1.1 GB of disk; on Linux 4.5 GB more, for CUDA, unless:"
+	@echo "    it downloads torch and what the examples need, 1.1 GB of disk; on Linux gigabytes more, for CUDA, unless:"
 	@echo "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
 
 lint: setup
@@ -95,7 +95,7 @@ test: setup
 
 check:
 	@echo "=== make check: format, lint, types, documentation, packages, then the tests: what CI runs on Linux."
-	@echo "    Up to half an hour on two cores; the first time it sets up $(VENV), and downloads torch and some 200 packages."
+	@echo "    Longer than the demo; the first time it sets up $(VENV), and downloads torch and some 200 packages."
 	$(MAKE) --jobs 3 whole
 	@echo "=== the tests, slow ones first"
 	$(PYTEST)
