@@ -64,6 +64,8 @@ RULES: dict[str, Callable[[int], dict[str, int]]] = {
     "values from u": lambda u: sizes(8 * eighths(u), 4 * eighths(u), u * max(eighths(u), 2) // 2),
     "keys from 32, values from 2u": lambda u: sizes(8 * max(eighths(u), 4), 4 * eighths(u), u * max(eighths(u), 4) // 2),
     "keys of 64, values from 2u": lambda u: sizes(64, 4 * eighths(u), u * max(eighths(u), 4) // 2),
+    "heads in proportion": lambda u: sizes(64, 4 * eighths(u), 4 * u),
+    "heads of 32, values from 2u": lambda u: sizes(64, 32, u * max(eighths(u), 4) // 2),
     "fewer heads": lambda u: sizes(8 * eighths(u), 32, u * max(eighths(u), 4) // 2, heads=max(1, eighths(u) // 2)),
 }
 LSTM = "LSTM"
