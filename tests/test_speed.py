@@ -278,7 +278,7 @@ def test_native_can_be_demanded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["speed"], "no section speed; there are cases, everyday, scaling, calls, compiled, memory, rival"),
+        (["speed"], "no section speed; there are cases, everyday, scaling, calls, compiled, lengths, memory, rival"),
         (["--cases", "tiny"], "invalid choice: 'tiny'"),
         (["--rounds", "0"], "at least 1"),
         (["rival"], "needs --rival PATH"),
@@ -615,6 +615,19 @@ def test_the_compiled_table_has_what_compiling_took_and_brought(document: dict[s
     assert forward.splitlines()[2:] == ["| T=7, N=8, 1 → 9 | 300 ms | 100 ms | 3.00 | 2.00 | 5.00 s |"]
     assert train.splitlines()[2:] == ["| T=7, N=8, 1 → 9 | 300 ms | 100 ms | 3.00 | 2.00 | 12.5 s |"]
     assert "paper     forward     300       200          100          5.00" in show.text(document)
+
+
+def test_the_table_of_lengths_has_what_a_graph_for_each_takes_and_brings(document: dict[str, Any]) -> None:
+    seconds = {"RIM": [0.3, 0.3], "torch": [0.2, 0.2], "a graph each": [0.1, 0.1], "one graph": [0.2, 0.2]}
+    first = {"a graph each": 50.0, "one graph": 2.5}
+    entry = {
+        "seconds": dict.fromkeys(("forward", "train"), seconds),
+        "first_seconds": dict.fromkeys(("forward", "train"), first),
+    }
+    document["lengths"] = {"paper": {**document["cases"]["paper"], **entry, "lengths": 3}}
+    lines = show.tables(document, "results/lengths/native")["lengths"].splitlines()
+    assert lines[2] == "| T=7, N=8, 1 → 9, forward | 5 to 7 | 50.0 s | 2.50 s | 3.00 | 1.50 |"
+    assert lines[2] in show.text(document)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")

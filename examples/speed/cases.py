@@ -99,6 +99,7 @@ CALLS = {
     **{f"paper, batch={rows}": Case(1, rows, 64, 600) for rows in (1, 16, 64, 256)},
 }
 COMPILED = {name: CASES[name] for name in ("paper", "small", "act16")}
+LENGTHS = {"policy": Case(8, 16, 64, 128)}
 MEMORY = {"steps": [100, 200, 400, 800, 1600]}  # of the paper's case
 
 

@@ -12,6 +12,7 @@ everyday the same at the sizes of policies, forecasters and small language model
 scaling  the same as steps, batch, hidden size, units and active units double
 calls    the same for one step of the sizes of act, of almost nothing and as its batch doubles
 compiled the readable path as it comes and under torch.compile, with the time to compile; on a GPU also as a CUDA graph
+lengths  the same under torch.compile with four numbers of steps, each unrolled in a graph of its own and all in one graph
 memory   peak memory of a training step as the number of steps doubles, each in a process of its own; on Linux
 rival    the paper's case beside dido1998/Recurrent-Independent-Mechanisms, whose RIM.py lies in the folder --rival
 
@@ -44,7 +45,23 @@ from typing import Any, Protocol
 
 import show  # lets common be found
 import torch
-from cases import BASE, CALLS, CASES, COMPILED, EVERYDAY, MEMORY, PAPER, SCALING, Case, Data, build, calls, flops, shrink
+from cases import (
+    BASE,
+    CALLS,
+    CASES,
+    COMPILED,
+    EVERYDAY,
+    LENGTHS,
+    MEMORY,
+    PAPER,
+    SCALING,
+    Case,
+    Data,
+    build,
+    calls,
+    flops,
+    shrink,
+)
 from common import cpu
 from torch.nn import functional as F
 
@@ -52,7 +69,7 @@ import rim_rnn
 from rim_rnn import native
 
 HERE = Path(__file__).parent
-SECTIONS = ("cases", "everyday", "scaling", "calls", "compiled", "memory", "rival")
+SECTIONS = ("cases", "everyday", "scaling", "calls", "compiled", "lengths", "memory", "rival")
 WAYS = ("forward", "train")
 
 
@@ -210,6 +227,41 @@ def compare_compiled(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def compare_lengths(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """The readable path compiled for several numbers of steps, the case's and fewer: a graph for each, or one for all."""
+    torch.manual_seed(0)
+    datas = [
+        Data(dataclasses.replace(case, steps=steps), args.device) for steps in range(max(2, case.steps - 3), case.steps + 1)
+    ]
+    layers = {name: build(name, case).to(args.device) for name in ("RIM", "torch")}
+    backend = "eager" if args.smoke else "inductor"
+    named: dict[str, Any] = {name: (layer, layer) for name, layer in layers.items()}
+    for name, dynamic in (("a graph each", False), ("one graph", True)):
+        named[name] = layers["RIM"], torch.compile(layers["RIM"], backend=backend, dynamic=dynamic)
+    contestants: dict[str, Callable[[], object]] = {}
+    taken: dict[str, dict[str, float]] = {way: {} for way in WAYS}
+    with (
+        native.readable(),
+        torch._dynamo.config.patch(recompile_limit=64),
+    ):  # of eight else: all of these graphs are of one forward
+        for name, (module, call) in named.items():
+            ways = [calls(call, list(module.parameters()), data) for data in datas]
+            for way in WAYS:
+                begin = time.perf_counter()
+                for each in ways:
+                    each[way]()
+                taken[way][name] = round(time.perf_counter() - begin, 2)
+                contestants[f"{name} {way}"] = ways[-1][way]
+        seconds = time_in_turns(contestants, args)
+    return {
+        "case": dataclasses.asdict(case),
+        "sizes": str(case),
+        "lengths": len(datas),
+        "first_seconds": {way: {name: taken[way][name] for name in ("a graph each", "one graph")} for way in WAYS},
+        "seconds": {way: {name: seconds[f"{name} {way}"] for name in named} for way in WAYS},
+    }
+
+
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
     """All kernels of a call, recorded once and then started together."""
     stream = torch.cuda.Stream()
@@ -281,6 +333,7 @@ MEASURES = {
     "scaling": compare,
     "calls": compare,
     "compiled": compare_compiled,
+    "lengths": compare_lengths,
     "memory": compare_memory,
     "rival": compare_rival,
 }
@@ -314,6 +367,7 @@ def points() -> dict[str, dict[str, Case]]:
         "scaling": {f"{field}={v}": dataclasses.replace(BASE, **{field: v}) for field, vs in SCALING.items() for v in vs},
         "calls": CALLS,
         "compiled": COMPILED,
+        "lengths": LENGTHS,
         "memory": {f"{field}={v}": dataclasses.replace(PAPER, **{field: v}) for field, vs in MEMORY.items() for v in vs},
         "rival": {"paper": PAPER},
     }

@@ -104,6 +104,10 @@ def line(entry: Entry) -> str:
     if "bytes" in entry:
         ours, torchs = (entry["bytes"][name] / 2**20 for name in ("RIM", "torch"))
         return f"peak memory RIM {figure(ours)} MiB, {layer_name(entry)} {figure(torchs)} MiB"
+    if "first_seconds" in entry:
+        return ", ".join(
+            f"{way} one graph {figure(ratios(entry, way, 'one graph', 'a graph each')[1])} a graph each" for way in WAYS
+        )
     if "compile_seconds" in entry:
         return ", ".join(f"{way} eager {figure(ratios(entry, way, 'RIM', 'compiled')[1])} compiled" for way in WAYS)
     over = "rival" if "rival" in entry["seconds"]["forward"] else "torch"
@@ -153,6 +157,8 @@ def text(document: Entry) -> str:
                 rows.append([case, way, *(figure(milliseconds(entry, way, name)) for name in names)])
                 rows[-1].append(figure(entry["compile_seconds"][way]))
         parts.append(columns(rows))
+    if "lengths" in document:
+        parts.append(lengths_table(document, ""))
     if memory := document.get("memory"):
         rows = [["peak memory, training", "RIM MiB", "torch MiB", "RIM/torch"]]
         for size, entry in memory.items():
@@ -338,6 +344,27 @@ def compiled_table(document: Entry, stem: str) -> str:
     return "\n\n".join(parts) if "compiled" in document else NOT_YET
 
 
+def lengths_table(document: Entry, stem: str) -> str:
+    """The readable path compiled for several numbers of steps: a graph for each of them, or one for all."""
+    rows = [
+        [
+            "readable path",
+            "steps",
+            "all compiled, a graph each",
+            "one graph",
+            "a call: eager / a graph each",
+            "eager / one graph",
+        ]
+    ]
+    for entry in document["lengths"].values():
+        for way, title in WAYS.items():
+            last, seconds = entry["case"]["steps"], entry["first_seconds"][way]
+            row = [f"{entry['sizes']}, {title}", f"{last - entry['lengths'] + 1} to {last}"]
+            row += [f"{figure(seconds[name])} s" for name in ("a graph each", "one graph")]
+            rows.append([*row, *(times(ratios(entry, way, "RIM", name)[1]) for name in ("a graph each", "one graph"))])
+    return "\n\n".join([grid(rows, 2), origin(document), commands(document)])
+
+
 def ablations_table(document: Entry, stem: str) -> str:
     """What takes how many times as long without each optimisation: a table for each group, a column for each case."""
     parts = []
@@ -406,6 +433,8 @@ def tables(document: Entry, stem: str) -> dict[str, str]:
     """
     folder = Path(stem).parent.name
     short = {"in short": in_short(document, stem)} if "paper" in document.get("cases", {}) else {}
+    if "lengths" in document:
+        return {folder: lengths_table(document, stem)}
     if folder not in ("", "results"):
         if any("RIM, graph" in entry["seconds"]["forward"] for entry in document.get("compiled", {}).values()):
             short["ways"] = ways_table(document, stem)
