@@ -624,7 +624,8 @@ def test_the_table_of_lengths_has_what_a_graph_for_each_takes_and_brings(documen
         "seconds": dict.fromkeys(("forward", "train"), seconds),
         "first_seconds": dict.fromkeys(("forward", "train"), first),
     }
-    document["lengths"] = {"paper": {**document["cases"]["paper"], **entry, "lengths": 3}}
+    entry |= {"case": {"steps": 7}, "lengths": 3}
+    document["lengths"] = {"paper": {**document["cases"]["paper"], **entry}}
     lines = show.tables(document, "results/lengths/native")["lengths"].splitlines()
     assert lines[2] == "| T=7, N=8, 1 → 9, forward | 5 to 7 | 50.0 s | 2.50 s | 3.00 | 1.50 |"
     assert lines[2] in show.text(document)
