@@ -1707,7 +1707,8 @@ STUDIES = ("study", "by_epoch", "search", "search_pixel", "search_sizes", "metho
         ("study", ["--rows", "RIM 6/4", "LSTM"], "README.md"),
         ("demo", ["--seeds", 0], "README.md"),
         ("demo", [], "README.md"),
-        *((name, [], "docs/reproduction.md") for name in STUDIES),
+        ("study", [], "docs/reproduction.md"),
+        *((name, [], "docs/every_run.md") for name in STUDIES),
     ],
 )
 def test_a_page_has_the_tables_of_the_committed_logs(
