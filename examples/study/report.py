@@ -180,28 +180,35 @@ def draw_units(folder: Path, task: Task, model: Model) -> None:
     wanted = task.spell(targets)
     read = task.spell(task.answer(model(inputs.to(next(model.parameters()).device)).cpu()))
     samples, units, height, _ = active.shape
-    shape = (0.95, 0.95) if height > 1 else (1.9, 0.3)
+    images = height > 1  # side by side, units below each other; a sequence is long and has a line of its own
+    rows, columns, wide, high = (1 + units, samples, 0.95, 0.95) if images else (samples, 1 + units, 1.9, 0.3)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            samples, 1 + units, figsize=(shape[0] * (1 + units), shape[1] * samples), squeeze=False,
-            gridspec_kw={"wspace": 0.08, "hspace": 0.08 if height > 1 else 0.5},
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(wide * columns, high * rows), squeeze=False,
+            gridspec_kw={"wspace": 0.08, "hspace": 0.08 if images else 0.5},
         )  # fmt: skip
-        for axis in axes.flat:
+        for axis in grid.flat:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set(visible=True, color="#d5d8dc", linewidth=0.6)
-        aspect = "equal" if height > 1 else "auto"
-        for row in range(samples):
-            axes[row, 0].imshow(np.where(ink[row, ..., None], colors.to_rgb(INK), colors.to_rgb(PAPER)), aspect=aspect)
-            place = {"ha": "right", "transform": axes[row, 0].transAxes}
-            axes[row, 0].text(-0.06, 0.5, wanted[row], fontsize=13 if height > 1 else 8, **place)
-            shade = FAINT if read[row] == wanted[row] else WRONG
-            axes[row, 0].text(-0.06, 0.12 if height > 1 else -0.2, f"read as {read[row]}", color=shade, fontsize=7, **place)
+        axes = grid.T if images else grid  # sample and unit
+        aspect = "equal" if images else "auto"
+        for sample in range(samples):
+            axis, shade = axes[sample, 0], FAINT if read[sample] == wanted[sample] else WRONG
+            axis.imshow(np.where(ink[sample, ..., None], colors.to_rgb(INK), colors.to_rgb(PAPER)), aspect=aspect)
+            place = {"ha": "center" if images else "right", "transform": axis.transAxes}
+            x, y, below = (0.5, 1.24, 1.06) if images else (-0.06, 0.5, -0.2)
+            axis.text(x, y, wanted[sample], fontsize=13 if images else 8, **place)
+            axis.text(x, below, f"read as {read[sample]}", color=shade, fontsize=7, **place)
             for unit in range(units):
-                axes[row, 1 + unit].imshow(paint(ink[row], active[row, unit], colors.to_rgb(f"C{unit}")), aspect=aspect)
-        axes[0, 0].set_title("input", fontsize=9, loc="center")
-        for unit in range(units):
-            title = f"unit {unit}\n{share[unit].mean():.0%}"
-            axes[0, 1 + unit].set_title(title, fontsize=9, color=f"C{unit}", loc="center")
+                image = paint(ink[sample], active[sample, unit], colors.to_rgb(f"C{unit}"))
+                axes[sample, 1 + unit].imshow(image, aspect=aspect)
+        titles = [("input", INK), *((f"unit {unit}\n{share[unit].mean():.0%}", f"C{unit}") for unit in range(units))]
+        for axis, (title, color) in zip(axes[0], titles, strict=True):
+            if images:
+                place = {"ha": "right", "va": "center", "transform": axis.transAxes}
+                axis.text(-0.1, 0.5, title, fontsize=9, fontweight="bold", color=color, **place)
+            else:
+                axis.set_title(title, fontsize=9, color=color, loc="center")
         figure.savefig(folder / UNITS)
         plt.close(figure)
 
