@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PIP := python -m pip install $(if $(CI),--quiet) --no-compile --constraint constraints.txt
 PYTEST := python -m pytest -n auto --maxschedchunk 1
 
-.PHONY: setup demo lint quick test check whole readable docs package wheels audit before-demo
+.PHONY: notebooks setup demo lint quick test check whole readable docs package wheels audit before-demo
 
 setup: $(VENV)/ready
 
@@ -118,6 +118,14 @@ endif
 docs: setup $(VENV)/tools
 	python -m sphinx -W -n --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
 	python -m sphinx -W -n --keep-going -q -b doctest docs docs/_build/doctest
+	@for notebook in docs/gallery/*.ipynb; do \
+		cmp $$notebook examples/gallery/notebooks/$${notebook##*/} || { echo "make notebooks, then commit them"; exit 1; }; \
+	done
+
+# The gallery's, as the pages have made them, for a browser service that opens them from the repository
+notebooks:
+	mkdir -p examples/gallery/notebooks
+	cp docs/gallery/*.ipynb examples/gallery/notebooks
 
 package: setup $(VENV)/release
 	rm -rf .cache/package

@@ -55,6 +55,11 @@ def plain(gallery_conf, fname):
     torch.set_num_threads(1)
 
 
+# A notebook begins with README's lines that install, so that it runs where it is opened.
+readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+install = readme.split("<!-- install -->\n```sh\n")[1].split("```")[0]
+NOTEBOOKS = "https://colab.research.google.com/github/rim-rnn/rim-rnn/blob/main/examples/gallery/notebooks"
+
 needs = {"onnx_runtime": ("onnxruntime", "onnxscript"), "recurrent_policy": ("sb3_contrib",)}
 missing = [script for script, names in needs.items() if not all(map(importlib.util.find_spec, names))]
 for name in ("onnx_ir", "onnxscript"):
@@ -66,6 +71,7 @@ sphinx_gallery_conf = {
     "reset_modules": ("matplotlib", plain),
     "image_srcset": ["2x"],
     "capture_repr": (),
+    "first_notebook_cell": "".join(f"%{line}" for line in install.splitlines(keepends=True)).rstrip(),
     "download_all_examples": False,
     "show_signature": False,
     "write_computation_times": False,
@@ -105,7 +111,7 @@ def equation(translator, node):
 
 
 def setup(app):
-    """Equations; tables that are made when a page is read, which is whenever pages are built; no source of a gallery page."""
+    """Equations; tables that are made when a page is read, which is whenever pages are built; notebooks of gallery pages."""
 
     def read(app, page, source):
         source[0] = reliability.fill(source[0]) if page in reliability.PAGES else source[0]
@@ -113,6 +119,9 @@ def setup(app):
     def link(app, page, template, context, doctree):
         if page.startswith("gallery/"):
             context["page_source_suffix"] = ""
+            if (name := page.removeprefix("gallery/")) != "index" and "body" in context:
+                opens = f'<p><a class="reference external" href="{NOTEBOOKS}/{name}.ipynb">Open as a notebook in Colab</a></p>'
+                context["body"] = context["body"].replace("</h1>", f"</h1>\n{opens}", 1)
 
     app.add_html_math_renderer("mathml", (equation, None), (equation, None))
     app.connect("source-read", read)

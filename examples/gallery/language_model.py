@@ -8,7 +8,9 @@ makes the layer knows which of them it is.
 
 It shows the swap, and no gain: with one seed, three epochs and no search, the RIM ends
 behind the LSTM on this text, and with more parameters; both figures are printed below.
-What a RIM is for is on the page :doc:`/reproduction`.
+What a RIM is for is on the page :doc:`/reproduction`. It trains on a GPU if there is
+one, where a RIM is :doc:`far slower </on_a_gpu>` than the LSTM; the figures below are
+of a CPU.
 """
 
 import math
@@ -26,9 +28,10 @@ from rim_rnn import RIM
 # that are read side by side, so that each piece of a row goes on where the piece before
 # it ended. The last tenth is held out.
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
 text = "".join(topics.values())[:120_000]
 alphabet = sorted(set(text))
-codes = torch.tensor([alphabet.index(character) for character in text])
+codes = torch.tensor([alphabet.index(character) for character in text], device=device)
 held_out = codes[len(codes) * 9 // 10 :]
 train = codes[: -len(held_out)]
 
@@ -67,7 +70,7 @@ def bits(loss):
 
 def fit(layer):
     torch.manual_seed(0)
-    model = Characters(layer)
+    model = Characters(layer).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     data, curve = rows(train, 32), []
     for _ in range(3):
@@ -119,7 +122,9 @@ with torch.no_grad():
 model, written = models[RIM], "The "
 with torch.no_grad():
     logits, state = model(
-        torch.tensor([[alphabet.index(character)] for character in written])
+        torch.tensor(
+            [[alphabet.index(character)] for character in written], device=device
+        )
     )
     for _ in range(300):
         code = torch.multinomial(F.softmax(logits[-1, 0] / 0.6, dim=-1), 1)
