@@ -28,20 +28,22 @@ FILES = (checkpoint.CHECKPOINT, checkpoint.METRICS, checkpoint.WEIGHTS, CURVES, 
 AVERAGED, AT_ONCE = 500, 100  # sequences over which activity is averaged, and recorded at a time
 
 INK, PAPER, FAINT, WRONG = "#22252a", "#ffffff", "#8b9098", "#c0392b"
+LINES = "#7d8590"  # to be read on a light and on a dark page, which shows through
 STYLE = {
     "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
+    "text.color": LINES,
+    "axes.edgecolor": LINES,
+    "axes.labelcolor": LINES,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "xtick.color": LINES,
+    "ytick.color": LINES,
     "legend.frameon": False,
     "savefig.dpi": 150,
     "savefig.bbox": "tight",
+    "savefig.transparent": True,
 }
 
 
@@ -119,7 +121,7 @@ def draw_curves(path: Path, header: dict[str, Any], epochs: list[dict[str, Any]]
             axis.plot(steps, train, color=FAINT, ls="--", marker=".", label=f"training, {task.label(args['size'])}")
             if args["valid"]:
                 valid = [measure.factor * line[f"valid_{name}"] for line in epochs]
-                axis.plot(steps, valid, color=INK, ls=":", marker=".", label=f"validation, {task.label(args['size'])}")
+                axis.plot(steps, valid, color=LINES, ls=":", marker=".", label=f"validation, {task.label(args['size'])}")
             for size, shade in zip(sizes, shades, strict=True):
                 if size in larger:
                     where = [validation["step"] / validations[-1]["step"] * len(epochs) for validation in validations]
@@ -202,7 +204,7 @@ def draw_units(folder: Path, task: Task, model: Model) -> None:
             for unit in range(units):
                 image = paint(ink[sample], active[sample, unit], colors.to_rgb(f"C{unit}"))
                 axes[sample, 1 + unit].imshow(image, aspect=aspect)
-        titles = [("input", INK), *((f"unit {unit}\n{share[unit].mean():.0%}", f"C{unit}") for unit in range(units))]
+        titles = [("input", LINES), *((f"unit {unit}\n{share[unit].mean():.0%}", f"C{unit}") for unit in range(units))]
         for axis, (title, color) in zip(axes[0], titles, strict=True):
             if images:
                 place = {"ha": "right", "va": "center", "transform": axis.transAxes}

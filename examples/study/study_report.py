@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from checkpoint import METRICS, CheckpointError, replace
-from report import ACTIVITY, FAINT, STYLE, UNITS, chosen, draw_guess, for_sizes, markdown
+from report import ACTIVITY, LINES, STYLE, UNITS, chosen, draw_guess, for_sizes, markdown
 from study import Row, StudyError, build_parser, parse
 from tasks import TASKS, Task
 from tasks.task import Measure
@@ -32,6 +32,8 @@ from common import put
 
 WRITER = "examples/study/study_report.py"
 TABLE = "table.md"
+COLOURED = 5
+"""So many rows have a colour in a picture, the first ones; more could not be told apart."""
 NOTE = """\
 Mean ± standard deviation over seeds. The chosen epoch is the best one on the validation examples, which are of the size of
 training and not trained on; *for each size* the best one on the same examples at that size. No test example chooses anything.
@@ -191,16 +193,23 @@ def at_end(line: dict[str, Any], name: str, size: str) -> float:
 
 
 def draw_band(axis: Any, x: list[int], values: np.ndarray, group: Group, color: Any) -> None:
-    mean, deviation = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
-    label = f"{group.name.replace('*', '')} ({len(values)})"
-    axis.plot(x, mean, color=color, ls="-" if group.finished else "--", marker="." if len(x) < 10 else None, label=label)
+    """Mean and spread over seeds, each seed a point; without a colour, a thin line among those of other rows."""
+    mean, style = values.mean(0), "-" if group.finished else "--"
+    if color is None:
+        axis.plot(x, mean, color=LINES, alpha=0.5, ls=style, linewidth=0.8, zorder=1)
+        return
+    deviation = values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+    label = f"{group.name.replace('*', '')}, {len(values)} seed{'s' * (len(values) > 1)}"
+    axis.plot(x, mean, color=color, ls=style, marker="." if len(x) < 10 else None, label=label)
     axis.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
+    if len(x) < 10:
+        axis.plot(x, values.T, ".", color=color, markersize=4)
 
 
 def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
     """The first measure against the size, of the chosen epochs; and over the epochs, at each size."""
     name, measure = next(iter(task.measures.items()))
-    sizes, shades = test_sizes(groups), plt.get_cmap("tab10" if len(groups) <= 10 else "tab20")
+    sizes = test_sizes(groups)
     runs = [run for group in groups for run in group.runs]
     panels: list[tuple[str, Any]] = [("training", lambda line: line.get(f"train_{name}", np.nan))]
     if any(run.row.arguments.valid for run in runs):
@@ -218,7 +227,7 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
     }
     against_size = figures["sizes"][1][0, 0]
     for index, group in enumerate(groups):
-        color = shades(index % shades.N)
+        color = f"C{index}" if index < COLOURED else None
         for axis, (_, pick) in zip(figures["curves"][1][0], panels, strict=True):
             values = curves(group, pick, measure.factor)
             epochs = np.flatnonzero(~np.isnan(values).any(0))  # those of which all runs have it
@@ -228,17 +237,21 @@ def draw_lines(folder: Path, task: type[Task], groups: list[Group]) -> None:
             continue
         values = measure.factor * np.array([[result.get(str(size), np.nan) for size in sizes] for result in results])
         draw_band(against_size, sizes, values, group, color)
-        for run in values:
-            against_size.plot(sizes, run, ".", color=color, markersize=4)
     for axis, (title, _) in zip(figures["curves"][1][0], panels, strict=True):
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
     against_size.set(title="test", xlabel=task.size_title, xticks=sizes)
+    for trained in {run.row.arguments.size for run in runs} & set(sizes):
+        against_size.axvline(trained, color=LINES, linewidth=0.8, linestyle=":", zorder=0)
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "rotation": 90}
+        against_size.annotate("trained", (trained, 0.02), (3, 0), color=LINES, fontsize=8, va="bottom", **place)
     for kind, (figure, axes) in figures.items():
         for axis in axes[0]:
             draw_guess(axis, task)
             axis.set_ylim((0, 100) if name == "accuracy" else (0, None))
-            axis.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+            axis.grid(axis="y", color=LINES, alpha=0.2, linewidth=0.8)
+            if len(groups) > COLOURED and axis.get_legend_handles_labels()[0]:
+                axis.plot([], [], color=LINES, alpha=0.5, linewidth=0.8, label="other rows")
         axes[0, 0].set_ylabel(measure.title)
         if axes[0, -1].get_legend_handles_labels()[0]:  # nothing may have been tested yet
             axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
@@ -272,7 +285,8 @@ def draw_activity(folder: Path, runs: list[tuple[Run, np.ndarray]]) -> None:
                 axis.set_axis_off()
                 continue
             image = axis.imshow(units[column], vmin=0, vmax=1, cmap="magma", aspect="equal" if units.shape[1] > 1 else "auto")
-            axis.set_title(f"{units[column].mean():.0%}", fontsize=7, color=FAINT, loc="center")
+            title = f"unit {column}\n" * (row == 0) + f"{units[column].mean():.0%}"
+            axis.set_title(title, fontsize=7, color=LINES, loc="center")
         label = f"{run.row.name}\nseed {run.seed}" + "\nunfinished" * (not run.finished)
         axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle("how often each unit was active", x=0.01, ha="left")
