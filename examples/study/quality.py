@@ -62,7 +62,6 @@ RULES: dict[str, Callable[[int], dict[str, int]]] = {
     "keys in proportion": lambda u: sizes(8 * eighths(u), 4 * eighths(u), 4 * u),
     "values from 2u": lambda u: sizes(8 * eighths(u), 4 * eighths(u), u * max(eighths(u), 4) // 2),
     "values from u": lambda u: sizes(8 * eighths(u), 4 * eighths(u), u * max(eighths(u), 2) // 2),
-    "keys from 32, values from 2u": lambda u: sizes(8 * max(eighths(u), 4), 4 * eighths(u), u * max(eighths(u), 4) // 2),
     "keys of 64, values from 2u": lambda u: sizes(64, 4 * eighths(u), u * max(eighths(u), 4) // 2),
     "heads in proportion": lambda u: sizes(64, 4 * eighths(u), 4 * u),
     "heads of 32, values from 2u": lambda u: sizes(64, 32, u * max(eighths(u), 4) // 2),
@@ -79,10 +78,12 @@ COPYING = {
 }  # fmt: skip
 STUDIED = {  # task of train.py, units, size of each, arguments
     "copying": ("copying", 4, 32, COPYING),
+    "copying, lr 6e-3": ("copying", 4, 32, COPYING | {"lr": 6e-3}),
     "many units": ("sequential_mnist", 8, 16, DIGITS | {"input_size": 14, "eval_sizes": [14]}),
     "digits": ("sequential_mnist", 6, 20, DIGITS),
 }
-"""Copying; the demo's digits with 8 units, a line of pixels per step; and as the demo has them."""
+"""Copying, also at another learning rate; the demo's digits with 8 units, a line of pixels per step; and as the demo has
+them."""
 
 
 def layer(rule: str, input_size: int, units: int, u: int, **given: Any) -> nn.Module:
@@ -204,11 +205,11 @@ def policy(rule: str) -> tuple[nn.Module, dict[str, float]]:
 
 
 TRAINED_HERE = {"characters": characters, "forecaster": forecaster, "policy": policy}
-ALL_TASKS = ["policy", "forecaster", "characters", "copying", "many units", "digits"]
+ALL_TASKS = ["policy", "forecaster", "characters", *STUDIED]
 
 
 def folder_of(runs: Path, task: str, rule: str, seed: int) -> Path:
-    return runs / task.replace(" ", "-") / rule.replace(" ", "-").replace("'", "") / f"seed-{seed}"
+    return runs / task.replace(",", "").replace(" ", "-") / rule.replace(" ", "-").replace("'", "") / f"seed-{seed}"
 
 
 def read(runs: Path, task: str, rule: str, seed: int) -> list[dict[str, Any]]:
@@ -246,6 +247,7 @@ MEASURES = {  # what is shown of a task: its title, the measure in the log and f
     "forecaster": [("forecaster, error", "error", "", 1, 1)],
     "characters": [("characters, bits", "held out", "", 1, 2)],
     "copying": [("copying 10, loss", "test_loss", "10", 1, 2), ("copying 20", "test_loss", "20", 1, 2)],
+    "copying, lr 6e-3": [("copying 10, lr 6e-3", "test_loss", "10", 1, 2)],
     "many units": [("8 units, 14x14, %", "test_accuracy", "14", 100, 1)],
     "digits": [(f"{size}x{size}, %", "test_accuracy", str(size), 100, 1) for size in (14, 16, 19, 24)],
 }
