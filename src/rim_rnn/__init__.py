@@ -1,4 +1,4 @@
-"""Recurrent Independent Mechanisms with the manners of torch.nn: write ``rim_rnn.RIM`` where ``nn.LSTM`` stood."""
+"""Recurrent Independent Mechanisms with the interface of torch.nn: write ``rim_rnn.RIM`` where ``nn.LSTM`` stood."""
 
 from rim_rnn.cell import RIMCell as RIMCell
 from rim_rnn.layer import RIM as RIM

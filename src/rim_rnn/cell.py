@@ -1,4 +1,4 @@
-"""RIMCell: a step with the manners of torch.nn.LSTMCell, run over time by whatever path takes it."""
+"""RIMCell: a step with the interface of torch.nn.LSTMCell, run over time by whatever path takes it."""
 
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
@@ -53,7 +53,7 @@ class UnitOptions(TypedDict, total=False):
 
 
 class RIMCell(Step, Generic[StateT]):
-    r"""One step of a Recurrent Independent Mechanisms layer, with the manners of :class:`torch.nn.LSTMCell`.
+    r"""One step of a Recurrent Independent Mechanisms layer, with the interface of :class:`torch.nn.LSTMCell`.
 
     The state is split into ``num_units`` equal, contiguous blocks. At every step each unit bids for the input, the ``k``
     highest bids win, winners update themselves and read from every unit, losers keep their state bit for bit:

@@ -1,4 +1,4 @@
-"""The RIM layer: cells over time, layers and directions, with the manners of torch.nn.LSTM."""
+"""The RIM layer: cells over time, layers and directions, with the interface of torch.nn.LSTM."""
 
 import warnings
 from collections.abc import Sequence

@@ -42,7 +42,7 @@ class Projected(NamedTuple):
 
 
 class Step(nn.Module):
-    """The four stages of section 2 and their order; what :class:`RIMCell` is, without its manners.
+    """The four stages of section 2 and their order; what :class:`RIMCell` is, without its interface.
 
     Args:
         input_size, hidden_size, bias, device, dtype: As in :class:`RIMCell`, and all that follows as well, nothing left open.
