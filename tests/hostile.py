@@ -14,7 +14,8 @@ A case ends as one of:
     equal      what the oracle says
     refused    the error that torch raises, or a clear one
     stricter   a clear error where torch takes it
-    near tie   two bids closer than rounding: the winners are not decided, nothing is compared
+    near tie   two bids closer than rounding: the winners are not decided, nothing is compared; nor is it where a state in bfloat16,
+               by the equation without a bound, has grown so large that rounding decides over gates
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ EQUAL, REFUSED, STRICTER, NEAR_TIE = "equal", "refused", "stricter", "near tie"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 2e-2}
 UNDECIDED = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-3}  # of two bids, relative to the largest
 LEAST = 0.01  # of a largest number that an error is a part of
+MOST = 32.0  # of a state in bfloat16, where it has no bound: two numbers there are 0.25 apart, which is all that a gate sees
 ROUNDED = 10, 100  # times as much for bfloat16 rounded on the way: between layers, at every step, in products of many rows
 
 paths: Counter[str] = Counter()
@@ -241,6 +243,8 @@ def compare(
         if result.dtype != dtype or result.shape != theirs[name].shape:
             raise WrongError(f"{name}: {result.dtype}, {tuple(result.shape)} instead of {dtype}, {tuple(theirs[name].shape)}")
     if bids.closest < UNDECIDED[dtype] * rounded[1]:
+        return NEAR_TIE
+    if dtype == torch.bfloat16 and any(bool((theirs[name].abs() > MOST).any()) for name in ("h_n", "c_n") if name in theirs):
         return NEAR_TIE
     for name, result in ours.items():
         check_close(name, result, theirs[name], tolerance)
