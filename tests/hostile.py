@@ -14,8 +14,8 @@ A case ends as one of:
     equal      what the oracle says
     refused    the error that torch raises, or a clear one
     stricter   a clear error where torch takes it
-    near tie   two bids closer than rounding: the winners are not decided, nothing is compared; nor is it where a state in bfloat16,
-               by the equation without a bound, has grown so large that rounding decides over gates
+    near tie   two bids closer than rounding: the winners are not decided, nothing is compared; nor is it where a state in
+               bfloat16, by the equation without a bound, has grown so large that rounding decides over gates
 """
 
 from __future__ import annotations
