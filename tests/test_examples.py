@@ -1698,7 +1698,7 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
     assert capsys.readouterr().out == ""
 
 
-STUDIES = ("study", "by_epoch", "search", "search_pixel", "search_sizes", "methods")
+STUDIES = ("study", "by_epoch", "search", "search_pixel", "search_sizes", "search_copying", "methods")
 
 
 @pytest.mark.parametrize(
