@@ -56,14 +56,22 @@ def hostile() -> str:
     return f"{table(['kind of case', *OUTCOMES], rows)}\n\nCalls by path: {paths}. {origin(log)}"
 
 
-def sanitized() -> str:
-    """The same of the last run under the sanitizers, in a sentence."""
-    path = TESTS / "results" / "sanitize.json"
+def in_short(name: str) -> str:
+    """The same of another run that is kept, in a sentence."""
+    path = TESTS / "results" / f"{name}.json"
     if not path.exists():
         return "*No log of a run is kept yet.*"
     log = json.loads(path.read_text(encoding="utf-8"))
     outcomes = sum(map(Counter, log["kinds"].values()), Counter())
     return f"{outcomes.total():,} cases, {outcomes['failed']} failed. {origin(log)}"
+
+
+def readable() -> str:
+    return in_short("hostile-readable")
+
+
+def sanitized() -> str:
+    return in_short("sanitize")
 
 
 def soak() -> str:
@@ -142,7 +150,8 @@ def origin(log: dict[str, Any]) -> str:
 
 
 TABLES = {
-    f"<!-- table: {make.__name__} -->": make for make in (tests, mutants, hostile, sanitized, soak, matrix, first_weights)
+    f"<!-- table: {make.__name__} -->": make
+    for make in (tests, mutants, hostile, readable, sanitized, soak, matrix, first_weights)
 }
 
 
