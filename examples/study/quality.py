@@ -60,6 +60,7 @@ def sizes(key_input: int, key_comm: int, value_input: int, heads: int = 4) -> di
 RULES: dict[str, Callable[[int], dict[str, int]]] = {
     "the paper's": lambda u: sizes(64, 32, 4 * u),
     "keys in proportion": lambda u: sizes(8 * eighths(u), 4 * eighths(u), 4 * u),
+    "values from 3u": lambda u: sizes(8 * eighths(u), 4 * eighths(u), u * max(eighths(u), 6) // 2),
     "values from 2u": lambda u: sizes(8 * eighths(u), 4 * eighths(u), u * max(eighths(u), 4) // 2),
     "values from u": lambda u: sizes(8 * eighths(u), 4 * eighths(u), u * max(eighths(u), 2) // 2),
     "keys of 64, values from 2u": lambda u: sizes(64, 4 * eighths(u), u * max(eighths(u), 4) // 2),
