@@ -87,20 +87,20 @@ NO_COMMUNICATION = {
     "dynamics.bias_hh": (3, 16),
 }
 DEFAULTS = {  # 4 features in, 12 in all: six units of two
-    "input_attention.query.weight": (6, 2, 64),
-    "input_attention.query.bias": (6, 64),
-    "input_attention.key.weight": (64, 4),
-    "input_attention.key.bias": (64,),
+    "input_attention.query.weight": (6, 2, 8),
+    "input_attention.query.bias": (6, 8),
+    "input_attention.key.weight": (8, 4),
+    "input_attention.key.bias": (8,),
     "input_attention.value.weight": (8, 4),
     "input_attention.value.bias": (8,),
     "dynamics.weight_ih": (6, 8, 8),
     "dynamics.weight_hh": (6, 2, 8),
     "dynamics.bias_ih": (6, 8),
     "dynamics.bias_hh": (6, 8),
-    "communication.query.weight": (6, 2, 128),
-    "communication.key.weight": (6, 2, 128),
-    "communication.value.weight": (6, 2, 128),
-    "communication.output.weight": (6, 128, 2),
+    "communication.query.weight": (6, 2, 16),
+    "communication.key.weight": (6, 2, 16),
+    "communication.value.weight": (6, 2, 16),
+    "communication.output.weight": (6, 16, 2),
 }
 STACKED = {  # the cells of the second layer read what both directions of the first say: 24 features
     **{f"cells.0.{name}": shape for name, shape in LSTM.items()},

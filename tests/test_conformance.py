@@ -739,7 +739,7 @@ LAYER_ROWS |= {
     "adam_fused": lambda rnn: trained(rnn, torch.optim.Adam, lr=1e-2, fused=True),
     "adamw_foreach": lambda rnn: trained(rnn, torch.optim.AdamW, lr=1e-2, foreach=True),
     "rmsprop": lambda rnn: trained(rnn, torch.optim.RMSprop, lr=1e-3),
-    "lbfgs": lambda rnn: trained(rnn, torch.optim.LBFGS, lr=0.5, max_iter=4),
+    "lbfgs": lambda rnn: trained(rnn, torch.optim.LBFGS, lr=0.5, max_iter=4, line_search_fn="strong_wolfe"),
 }
 
 

@@ -52,16 +52,16 @@ OWN_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": 4.0}, TypeError, "k should be of type int, got: float"),
     ({"k": True}, TypeError, "k should be of type int, got: bool"),
     ({"key_size_input": 0}, ValueError, "key_size_input should be at least 1, got key_size_input=0"),
-    ({"key_size_input": None}, TypeError, "key_size_input should be of type int, got: NoneType"),
+    ({"key_size_input": 8.0}, TypeError, "key_size_input should be of type int, got: float"),
     ({"value_size_input": 0}, ValueError, "value_size_input should be at least 1, got value_size_input=0"),
     ({"value_size_input": 8.5}, TypeError, "value_size_input should be of type int, got: float"),
     (
         {"query_size_input": 32},
         ValueError,
-        "query_size_input should be None or equal to key_size_input=64, because queries and keys meet in a dot product, "
+        "query_size_input should be None or equal to key_size_input=8, because queries and keys meet in a dot product, "
         "got query_size_input=32",
     ),
-    ({"query_size_input": "64"}, ValueError, "query_size_input should be None or equal to key_size_input=64"),
+    ({"query_size_input": "64"}, ValueError, "query_size_input should be None or equal to key_size_input=8"),
     ({"num_input_heads": 0}, ValueError, "num_input_heads should be at least 1, got num_input_heads=0"),
     ({"num_input_heads": 2.0}, TypeError, "num_input_heads should be of type int, got: float"),
     ({"input_dropout": -0.1}, ValueError, "input_dropout should be a number in range [0, 1]"),
@@ -72,7 +72,7 @@ OWN_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"key_size_comm": "32"}, TypeError, "key_size_comm should be of type int, got: str"),
     ({"value_size_comm": -32}, ValueError, "value_size_comm should be at least 1, got value_size_comm=-32"),
     ({"value_size_comm": "32"}, TypeError, "value_size_comm should be of type int, got: str"),
-    ({"query_size_comm": 16}, ValueError, "query_size_comm should be None or equal to key_size_comm=32"),
+    ({"query_size_comm": 16}, ValueError, "query_size_comm should be None or equal to key_size_comm=4"),
     ({"num_comm_heads": -1}, ValueError, "num_comm_heads should be at least 0, got num_comm_heads=-1"),
     ({"num_comm_heads": None}, TypeError, "num_comm_heads should be of type int, got: NoneType"),
     ({"comm_dropout": 2}, ValueError, "got comm_dropout=2"),
@@ -191,12 +191,22 @@ def test_default_k(num_units: int, k: int) -> None:
 def test_other_defaults() -> None:
     for module in (RIM(4, 12), RIMCell(4, 12)):
         assert (module.num_units, module.k, module.rnn_cell) == (6, 4, "LSTM")
-        assert (module.key_size_input, module.query_size_input, module.value_size_input) == (64, 64, 4 * 2)
+        assert (module.key_size_input, module.query_size_input, module.value_size_input) == (8, 8, 4 * 2)
         assert (module.num_input_heads, module.input_dropout) == (1, 0.0)
-        assert (module.key_size_comm, module.query_size_comm, module.value_size_comm) == (32, 32, 32)
+        assert (module.key_size_comm, module.query_size_comm, module.value_size_comm) == (4, 4, 4)
         assert (module.num_comm_heads, module.comm_dropout) == (4, 0.0)
-    assert RIM(4, 600, device="meta").value_size_input == 400
     assert RIM(4, 12, num_units=2).value_size_input == 24
+
+
+@pytest.mark.parametrize(
+    ("unit", "key_size_input", "comm"),
+    [(1, 8, 4), (16, 8, 4), (20, 16, 8), (32, 24, 12), (50, 32, 16), (64, 40, 20), (93, 56, 28), (94, 64, 32), (100, 64, 32), (200, 64, 32)],
+)
+def test_default_sizes_go_by_the_unit(unit: int, key_size_input: int, comm: int) -> None:
+    """The paper's at its unit of 100, whatever the input; smaller keys, and values of the communication, below."""
+    for module in (RIM(4, 6 * unit, device="meta"), RIM(300, 6 * unit, rnn_cell="GRU", device="meta")):
+        assert (module.key_size_input, module.value_size_input) == (key_size_input, 4 * unit)
+        assert (module.key_size_comm, module.value_size_comm, module.num_comm_heads) == (comm, comm, 4)
 
 
 def test_query_sizes_equal_to_key_sizes_are_accepted() -> None:

@@ -961,7 +961,7 @@ def test_winners_are_checked(winners: list[int]) -> None:
         ),
         ("batch_sizes", [2, 2, 2], "input should have 2 dimensions, got 3"),
         ("k", 5, "k should be from 1 to 4, got 5"),
-        ("num_input_heads", 3, r"input_attention.key.weight.size\(0\)=128 should be divisible by num_input_heads=3"),
+        ("num_input_heads", 3, r"input_attention.key.weight.size\(0\)=16 should be divisible by num_input_heads=3"),
     ],
 )
 def test_errors_say_what_was_expected_and_what_was_given(name: str, wrong: Any, message: str) -> None:

@@ -27,6 +27,20 @@ def choose_k(num_units: int) -> int:
     return -(-2 * num_units // 3)
 
 
+def choose_sizes(unit: int) -> dict[str, int]:
+    """The default sizes of keys and values, which go by the state size of a unit: the paper's from its unit of 100 on.
+
+    Below, keys, and values of the communication, are as many eighths of the paper's as the unit is of 100, at least one.
+    """
+    eighths = min(max(round(8 * unit / 100), 1), 8)
+    return {
+        "key_size_input": 8 * eighths,
+        "value_size_input": 4 * unit,
+        "key_size_comm": 4 * eighths,
+        "value_size_comm": 4 * eighths,
+    }
+
+
 def plain_int(value: int) -> int:
     """An ``int`` from the integer of another library, such as ``numpy.int64``; anything else as it is."""
     return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else value

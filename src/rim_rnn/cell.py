@@ -17,6 +17,7 @@ from rim_rnn.arguments import (
     check_sizes,
     choose_k,
     choose_num_units,
+    choose_sizes,
     describe,
     plain_int,
 )
@@ -39,12 +40,12 @@ class UnitOptions(TypedDict, total=False):
 
     num_units: int | None
     k: int | None
-    key_size_input: int
+    key_size_input: int | None
     value_size_input: int | None
     query_size_input: int | None
     num_input_heads: int
     input_dropout: float
-    key_size_comm: int
+    key_size_comm: int | None
     value_size_comm: int | None
     query_size_comm: int | None
     num_comm_heads: int
@@ -86,13 +87,14 @@ class RIMCell(Step, Generic[StateT]):
             and closest to 6, a tie going to the smaller one
         k: The number of units that are active at a step. Default: two thirds of ``num_units``, rounded up
         rnn_cell: ``"LSTM"`` or ``"GRU"``. Default: ``"LSTM"``
-        key_size_input: Size of a key of the input attention, per head. Default: 64
-        value_size_input: Size of a value of the input attention, per head. Default: four times the state size of one unit
+        key_size_input: Size of a key of the input attention, per head. Default: ``8 * e``, where units have a state of size
+            ``u``, which is ``e = min(max(round(8 * u / 100), 1), 8)`` eighths of the paper's: 64 from ``u = 94`` on
+        value_size_input: Size of a value of the input attention, per head. Default: ``4 * u``
         query_size_input: ``None`` or ``key_size_input``. Default: ``None``
         num_input_heads: Heads of the input attention. Default: 1
         input_dropout: Dropout on the input attention's probabilities. Default: 0 (the paper: 0.1)
-        key_size_comm: Size of a key of the communication, per head. Default: 32
-        value_size_comm: Size of a value of the communication, per head. Default: 32
+        key_size_comm: Size of a key of the communication, per head. Default: ``4 * e``: 32 from ``u = 94`` on
+        value_size_comm: Size of a value of the communication, per head. Default: ``4 * e``
         query_size_comm: ``None`` or ``key_size_comm``. Default: ``None``
         num_comm_heads: Heads of the communication; 0 switches it off. Default: 4
         comm_dropout: Dropout on the communication's probabilities. Default: 0 (the paper: 0.1)
@@ -207,12 +209,12 @@ class RIMCell(Step, Generic[StateT]):
         num_units: int | None = None,
         k: int | None = None,
         rnn_cell: str = "LSTM",
-        key_size_input: int = 64,
+        key_size_input: int | None = None,
         value_size_input: int | None = None,
         query_size_input: int | None = None,
         num_input_heads: int = 1,
         input_dropout: float = 0.0,
-        key_size_comm: int = 32,
+        key_size_comm: int | None = None,
         value_size_comm: int | None = None,
         query_size_comm: int | None = None,
         num_comm_heads: int = 4,
@@ -225,8 +227,11 @@ class RIMCell(Step, Generic[StateT]):
             num_units = choose_num_units(hidden_size, proj_size)
         check_num_units(num_units, hidden_size, proj_size)
         k = choose_k(num_units) if k is None else k
-        value_size_input = 4 * (hidden_size // num_units) if value_size_input is None else value_size_input
-        value_size_comm = 32 if value_size_comm is None else value_size_comm
+        sizes = choose_sizes(hidden_size // num_units)
+        key_size_input = sizes["key_size_input"] if key_size_input is None else key_size_input
+        value_size_input = sizes["value_size_input"] if value_size_input is None else value_size_input
+        key_size_comm = sizes["key_size_comm"] if key_size_comm is None else key_size_comm
+        value_size_comm = sizes["value_size_comm"] if value_size_comm is None else value_size_comm
         check_int("k", k, 1, num_units)
         check_int("key_size_input", key_size_input, 1)
         check_int("value_size_input", value_size_input, 1)
@@ -402,12 +407,9 @@ class RIMCell(Step, Generic[StateT]):
             num_units=None,
             k=None,
             rnn_cell="LSTM",
-            key_size_input=64,
-            value_size_input=4 * (self.hidden_size // self.num_units),
             num_input_heads=1,
             input_dropout=0.0,
-            key_size_comm=32,
-            value_size_comm=32,
+            **choose_sizes(self.hidden_size // self.num_units),
             num_comm_heads=4,
             comm_dropout=0.0,
             comm_bounded=True,

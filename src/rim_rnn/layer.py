@@ -85,13 +85,14 @@ class RIM(nn.Module, Generic[StateT]):
             and closest to 6, a tie going to the smaller one (600 gives 6, 128 gives 4), with a warning if that is 1
         k: The number of units that are active at a step. Default: two thirds of ``num_units``, rounded up (6 gives 4)
         rnn_cell: ``"LSTM"`` or ``"GRU"``. Default: ``"LSTM"``
-        key_size_input: Size of a key of the input attention, per head. Default: 64
-        value_size_input: Size of a value of the input attention, per head. Default: four times the state size of one unit
+        key_size_input: Size of a key of the input attention, per head. Default: ``8 * e``, where units have a state of size
+            ``u``, which is ``e = min(max(round(8 * u / 100), 1), 8)`` eighths of the paper's: 64 from ``u = 94`` on
+        value_size_input: Size of a value of the input attention, per head. Default: ``4 * u``
         query_size_input: ``None`` or ``key_size_input``. Default: ``None``
         num_input_heads: Heads of the input attention. Default: 1
         input_dropout: Dropout on the input attention's probabilities. Default: 0 (the paper: 0.1)
-        key_size_comm: Size of a key of the communication, per head. Default: 32
-        value_size_comm: Size of a value of the communication, per head. Default: 32
+        key_size_comm: Size of a key of the communication, per head. Default: ``4 * e``: 32 from ``u = 94`` on
+        value_size_comm: Size of a value of the communication, per head. Default: ``4 * e``
         query_size_comm: ``None`` or ``key_size_comm``. Default: ``None``
         num_comm_heads: Heads of the communication; 0 switches it off. Default: 4
         comm_dropout: Dropout on the communication's probabilities. Default: 0 (the paper: 0.1)
@@ -233,12 +234,12 @@ class RIM(nn.Module, Generic[StateT]):
         num_units: int | None = None,
         k: int | None = None,
         rnn_cell: str = "LSTM",
-        key_size_input: int = 64,
+        key_size_input: int | None = None,
         value_size_input: int | None = None,
         query_size_input: int | None = None,
         num_input_heads: int = 1,
         input_dropout: float = 0.0,
-        key_size_comm: int = 32,
+        key_size_comm: int | None = None,
         value_size_comm: int | None = None,
         query_size_comm: int | None = None,
         num_comm_heads: int = 4,
