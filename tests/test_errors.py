@@ -200,7 +200,18 @@ def test_other_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("unit", "key_size_input", "comm"),
-    [(1, 8, 4), (16, 8, 4), (20, 16, 8), (32, 24, 12), (50, 32, 16), (64, 40, 20), (93, 56, 28), (94, 64, 32), (100, 64, 32), (200, 64, 32)],
+    [
+        (1, 8, 4),
+        (16, 8, 4),
+        (20, 16, 8),
+        (32, 24, 12),
+        (50, 32, 16),
+        (64, 40, 20),
+        (93, 56, 28),
+        (94, 64, 32),
+        (100, 64, 32),
+        (200, 64, 32),
+    ],
 )
 def test_default_sizes_go_by_the_unit(unit: int, key_size_input: int, comm: int) -> None:
     """The paper's at its unit of 100, whatever the input; smaller keys, and values of the communication, below."""
