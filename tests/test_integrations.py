@@ -141,6 +141,30 @@ def test_autocast_returns_what_torch_returns_and_trains(rnn_cell: str, dtype: to
     assert [part.dtype for part in result] == [dtype if part.dtype is torch.bfloat16 else part.dtype for part in expected]
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"rnn_cell": "GRU"}, {"proj_size": 4}], ids=["LSTM", "GRU", "projected"])
+def test_a_layer_of_one_narrow_dtype_under_autocast_to_the_other(options: dict[str, Any], hooked: bool) -> None:
+    """It runs and trains, forward and backward, in every way that calls it, as a projected nn.LSTM does."""
+    rnn = layer(options, scale=0.3, num_layers=2, dtype=torch.float32)
+    x = torch.randn(3, 4, 3).bfloat16()
+    expected = flat(rnn(x.float()))
+    rnn.bfloat16()
+    if hooked:
+        for cell in rnn.cells:
+            cell.register_forward_hook(lambda *_: None)
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 3, 2, 1]))
+    with torch.autocast("cpu", dtype=torch.float16):
+        result = flat(rnn(x))
+        rnn(packed)
+        cell_result = rnn.cells[0](x[0])
+    torch.testing.assert_close([part.float() for part in result], expected, rtol=0.05, atol=0.05)
+    assert all(part.isfinite().all() for part in (cell_result if isinstance(cell_result, tuple) else [cell_result]))
+    sum(part.float().sum() for part in result).backward()
+    for parameter in rnn.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype is torch.bfloat16
+
+
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_runs_and_trains(kind: dict[str, Any], dtype: torch.dtype) -> None:

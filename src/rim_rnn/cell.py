@@ -25,7 +25,7 @@ from rim_rnn.dynamics import State
 from rim_rnn.intact import does_more, is_any_hooked, oddity
 from rim_rnn.recording import Trace
 from rim_rnn.step import Step, over_time
-from rim_rnn.surroundings import autocast_result_dtype, check_alike, leaf, refuse_to_script
+from rim_rnn.surroundings import autocast_result_dtype, check_alike, leaf, refuse_to_script, without_mixed_autocast
 from rim_rnn.units import divide, reset, unite
 
 PATHS = (cuda.scan, native.scan, readable.scan, readable.loop, readable.unrolled)
@@ -385,7 +385,8 @@ class RIMCell(Step, Generic[StateT]):
                     raise RuntimeError(f"Expected {name}_0 size {(*input.shape[:-1], size)}, got {tuple(s.shape)}")
             state = tuple(check_alike(f"{name}_0", s, weight) for s, name in zip(state, "hc", strict=False))
             state = state if batched else tuple(s.unsqueeze(0) for s in state)
-        _, state, traces = self.run(x.unsqueeze(0), state, record=self._traces is not None)
+        with without_mixed_autocast(x):
+            _, state, traces = self.run(x.unsqueeze(0), state, record=self._traces is not None)
         if self._traces is not None:
             self._traces += traces
         dtype = autocast_result_dtype(given, x.device)

@@ -24,7 +24,7 @@ from rim_rnn.cell import RIMCell, StateT, UnitOptions
 from rim_rnn.dynamics import State
 from rim_rnn.layout import Layout
 from rim_rnn.recording import Record, assemble
-from rim_rnn.surroundings import autocast_dtype, leaf, refuse_to_script
+from rim_rnn.surroundings import autocast_dtype, leaf, refuse_to_script, without_mixed_autocast
 
 
 def cell_in(module: nn.Module) -> RIMCell[Any]:
@@ -414,23 +414,24 @@ class RIM(nn.Module, Generic[StateT]):
         modules = [*modules]
         last: list[State] = []
         traces = []
-        for layer in range(self.num_layers):
-            outputs = []
-            for direction in range(self.num_directions):
-                index = layer * self.num_directions + direction
-                cell, module = cells[index], modules[index]
-                arguments = x, first[index], layout.sizes, direction == 1, bool(self._recorders)
-                called = module is not cell or cell.is_called()
-                output, final, trace = cell.call_over_time(module, *arguments) if called else cell.run(*arguments)
-                outputs.append(output)
-                last.append(final)
-                traces.append(trace)
-            x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
-            if self.dropout and layer < self.num_layers - 1:
-                x = F.dropout(x, self.dropout, self.training)
+        with without_mixed_autocast(x):
+            for layer in range(self.num_layers):
+                outputs = []
+                for direction in range(self.num_directions):
+                    index = layer * self.num_directions + direction
+                    cell, module = cells[index], modules[index]
+                    arguments = x, first[index], layout.sizes, direction == 1, bool(self._recorders)
+                    called = module is not cell or cell.is_called()
+                    output, final, trace = cell.call_over_time(module, *arguments) if called else cell.run(*arguments)
+                    outputs.append(output)
+                    last.append(final)
+                    traces.append(trace)
+                x = torch.cat(outputs, dim=-1) if self.bidirectional else outputs[0]
+                if self.dropout and layer < self.num_layers - 1:
+                    x = F.dropout(x, self.dropout, self.training)
+            state = last[0] if len(cells) == 1 else tuple([torch.stack(s) for s in zip(*last, strict=True)])
         for records in self._recorders:
             records.append(assemble(traces, layout.unsorted_indices, layout.batched))
-        state = last[0] if len(cells) == 1 else tuple([torch.stack(s) for s in zip(*last, strict=True)])
         sequence, state = layout.pack(x, state, self.mode == "LSTM", self.proj_size > 0, self.bidirectional)
         return sequence, cast("StateT", state if self.mode == "LSTM" else state[0])
 

@@ -2,6 +2,7 @@
 
 import operator
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ def autocast_result_dtype(given: torch.dtype, device: torch.device, lowered: boo
     if lower is None or given == torch.float64:
         return given
     return lower if lowered or device.type != "cpu" else torch.promote_types(given, lower)
+
+
+def without_mixed_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast to the one narrow dtype where all of a call is in the other: it knows no sum, nor even a cat, of both."""
+    lower = autocast_dtype(x.device)
+    mixed = lower is not None and {x.dtype, lower} == {torch.bfloat16, torch.float16}
+    return torch.autocast(x.device.type, enabled=False) if mixed else nullcontext()
 
 
 def is_exporting() -> bool:
