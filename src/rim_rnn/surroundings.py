@@ -31,7 +31,7 @@ def autocast_result_dtype(given: torch.dtype, device: torch.device, lowered: boo
 
 
 def without_mixed_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast to the one narrow dtype where all of a call is in the other: it knows no sum, nor even a cat, of both."""
+    """Without autocast to the one narrow dtype where a call is all in the other: it knows no sum, nor even a cat, of both."""
     lower = autocast_dtype(x.device)
     mixed = lower is not None and {x.dtype, lower} == {torch.bfloat16, torch.float16}
     return torch.autocast(x.device.type, enabled=False) if mixed else nullcontext()
