@@ -1701,13 +1701,15 @@ def test_a_study_is_published_and_its_tables_put_into_a_page(
     assert capsys.readouterr().out == ""
 
 
-STUDIES = ("study", "by_epoch", "search", "search_pixel", "search_sizes", "search_copying", "methods")
+STUDIES = ("study", "full", "by_epoch", "search", "search_pixel", "search_sizes", "search_copying", "methods")
 
 
 @pytest.mark.parametrize(
     ("name", "args", "page"),
     [
         ("study", ["--rows", "RIM 6/4", "LSTM"], "README.md"),
+        ("full", [], "README.md"),
+        ("full", [], "docs/reproduction.md"),
         ("demo", ["--seeds", 0], "README.md"),
         ("demo", [], "README.md"),
         ("study", [], "docs/reproduction.md"),
