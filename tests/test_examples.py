@@ -575,10 +575,8 @@ def test_validation_at_other_sizes_leaves_the_training_as_it_is(run: Callable[..
 def test_weights_that_several_sizes_have_chosen_are_in_a_file_once(run: Callable[..., None], tmp_path: Path) -> None:
     length = {}
     for name, sizes in (("two", [15]), ("four", [15, 16, 17])):
-        run(
-            *("--valid", 9, "--valid_sizes", *sizes, "--epochs", 1, "--eval_sizes", "--log_dir", tmp_path / name),
-            *("--hidden_size", 48),
-        )
+        wide = "--hidden_size", 48
+        run("--valid", 9, "--valid_sizes", *sizes, "--epochs", 1, "--eval_sizes", "--log_dir", tmp_path / name, *wide)
         length[name] = [(tmp_path / name / file).stat().st_size for file in (checkpoint.WEIGHTS, checkpoint.CHECKPOINT)]
     parameters = 4 * read_log(tmp_path / "two")[0]["parameters"]
     for two, four, copies in zip(length["two"], length["four"], (1, 4), strict=True):  # the last, two moments, the chosen ones
